@@ -1,0 +1,16 @@
+"""The demo's model and text: everything that happens before ``torch.compile``."""
+
+from __future__ import annotations
+
+from npu_fusion.demo.corpus import evaluation_text, training_text
+from npu_fusion.demo.model import context_length, evaluate_loss, facts, generate, load_byte_llama
+
+__all__ = [
+    "context_length",
+    "evaluate_loss",
+    "evaluation_text",
+    "facts",
+    "generate",
+    "load_byte_llama",
+    "training_text",
+]

@@ -1,0 +1,29 @@
+"""The gated activation that every SwiGLU operator shares, in fp32 and in the kernels' order of operations.
+
+Formula: op-plugin documentation and public kernel sources of torch_npu 2.13.0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gate(act: Tensor, lin: Tensor, alpha: float = 1.0) -> Tensor:
+    """``act / (1 + exp(-alpha * act)) * lin``: silu(act) * lin where ``alpha`` is 1.
+
+    Written out because the kernels do: below -88 the exponential is inf and the result -0.0, where
+    ``torch.nn.functional.silu`` gives a denormal.
+    """
+    return act / (1 + torch.exp(-alpha * act)) * lin
+
+
+def halves(x: Tensor, dim: int, activate_left: bool) -> tuple[Tensor, Tensor]:
+    """The halves of ``x`` along ``dim`` as (the one to activate, the linear one)."""
+    left, right = x.tensor_split(2, dim)
+    return (left, right) if activate_left else (right, left)
+
+
+def swiglu(x_fp32: Tensor, dim: int, activate_left: bool) -> Tensor:
+    """silu of one half of ``x_fp32`` times the other half; ``dim`` shrinks to half its size."""
+    return gate(*halves(x_fp32, dim, activate_left))

@@ -1,0 +1,16 @@
+"""npu_add_rms_norm on the CPU; formula and traps in the file of this name in meta_impls."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from npu_fusion.kernels.reference._norm import add_rms_normalize
+from npu_fusion.meta_impls._registry import cpu_kernel
+
+
+@cpu_kernel("npu_add_rms_norm")
+def npu_add_rms_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-06
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, rstd, x = add_rms_normalize(x1, x2, gamma, epsilon)
+    return n.to(x1.dtype), rstd, x

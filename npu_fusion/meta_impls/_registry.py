@@ -1,0 +1,105 @@
+"""Where operators are declared: schema, fake implementation and CPU kernel meet under one name.
+
+``meta_impls/<family>.py`` declares an operator by decorating its fake implementation with the schema;
+``kernels/reference/<family>.py`` adds the kernel that runs on the CPU. Both fill plain dictionaries on
+import; :func:`register_all`, called once by ``import npu_fusion``, hands them to the dispatcher:
+
+* an operator that nobody has defined yet is defined here, with its fake and its CPU kernel;
+* an operator that torch_npu has already defined keeps torch_npu's schema and Meta kernel, and only gets
+  the CPU kernel it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+NAMESPACE = "npu"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Operator:
+    """One operator of the ``npu`` namespace as this package knows it."""
+
+    name: str
+    """Qualified inside the namespace: ``npu_swiglu``, or with overload ``npu_format_cast.Tensor``."""
+    schema: str
+    fake: Callable[..., Any]
+    cpu: Callable[..., Any] | None = field(default=None)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        packet, _, overload = self.name.partition(".")
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")
+
+
+OPERATORS: dict[str, Operator] = {}
+
+# The libraries must outlive the process' use of the operators: a collected Library unregisters them.
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def operator(schema: str) -> Callable[[F], F]:
+    """Declare an operator: ``@operator("npu_swiglu(Tensor input, int dim=-1) -> Tensor")`` on its fake.
+
+    The decorated function checks every argument and returns tensors without data (``new_empty``). It must
+    work on symbolic sizes without specializing them.
+    """
+    name = schema.partition("(")[0]
+
+    def decorate(fake: F) -> F:
+        if name in OPERATORS:
+            raise ValueError(f"operator {name!r} is declared twice")
+        OPERATORS[name] = Operator(name, schema, fake)
+        return fake
+
+    return decorate
+
+
+def cpu_kernel(name: str) -> Callable[[F], F]:
+    """Give the operator ``name`` its CPU kernel. The kernel may rely on the checks of the fake:
+    :func:`register_all` runs the fake's argument checks first on every call."""
+
+    def decorate(kernel: F) -> F:
+        if name not in OPERATORS:
+            raise ValueError(f"no operator {name!r} is declared in npu_fusion.meta_impls")
+        if OPERATORS[name].cpu is not None:
+            raise ValueError(f"operator {name!r} has two CPU kernels")
+        OPERATORS[name].cpu = kernel
+        return kernel
+
+    return decorate
+
+
+def _checked(op: Operator) -> Callable[..., Any]:
+    """The CPU kernel behind the fake's argument checks, so that eager and traced calls refuse the same."""
+    kernel = op.cpu
+    assert kernel is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        op.fake(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = op.name
+    return call
+
+
+def register_all() -> None:
+    """Hand every declared operator to the dispatcher; what exists already is left as it is."""
+    if _LIBRARIES:
+        return
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _LIBRARIES.append(library)
+    for op in OPERATORS.values():
+        qualified = f"{NAMESPACE}::{op.name}"
+        defined = torch._C._dispatch_has_kernel(qualified)
+        if not defined:
+            library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(qualified, op.fake, lib=library)
+        if op.cpu is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+            library.impl(op.name, _checked(op), "CPU")

@@ -1,0 +1,406 @@
+"""An int32 product, dequantized, through SwiGLU, quantized again.
+
+::
+
+    %p = _int_mm(%q, %w)                                    %p = _int_mm(%q, %w)
+    %f = to(%p, f32)                                        %y, %s = npu_dequant_swiglu_quant(
+    %d = mul(mul(%f, %weight_scale), %token_scale)   ->           %p, weight_scale=, activation_scale=,
+    %a, %b = chunk(%d, 2, -1)                                     activate_left=True, quant_mode=1)
+    %h = mul(silu(%a), %b)
+    %y, %s = quantize %h to int8 per token
+
+    npu_quant_matmul(.., output_dtype=bf16)                 npu_quant_matmul(.., output_dtype=int32)
+    npu_swiglu, npu_dynamic_quant                    ->     npu_dequant_swiglu_quant
+
+Also with a bias (int32 before the scales, floating after), smooth scales (``quant_scale``), a static output
+scale (``quant_mode=0``, which divides), either half activated, any order of the scales.
+
+Conditions: the product is int32 (or npu_quant_matmul can give it); one scale per output channel, at most one
+per token; the halves, the activation and the quantization are what :mod:`..lift.swiglu` and
+:mod:`..lift.dynamic_quant` require; no other reader of what disappears; the target's alignment; the memory
+gate where the int32 product is new. ``accurate`` where the source rounds to 16 bits in between, or multiplies
+the scales in another order.
+
+Source: torch_npu documentation of npu_dequant_swiglu_quant. Its defaults are the right half and static
+quantization; both arguments are always passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from npu_fusion.config import Numerics
+from npu_fusion.passes.checks import Sizes, Truth
+from npu_fusion.passes.lift.dynamic_quant import OPERATOR, Quantized, channel, quantization
+from npu_fusion.passes.lift.swiglu import Gated, even, gated
+from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
+from npu_fusion.passes.rewrite import Emitter
+from npu_fusion.passes.terms import Size, Term
+from npu_fusion.passes.walk import Walk, dtype_name, operands
+from npu_fusion.targets import TARGETS
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Dequantized:
+    """``(product [+ int bias]) * factors [+ float bias]``."""
+
+    product: Term | None = None
+    per_channel: list[Term] = field(default_factory=list)
+    per_token: list[Term] = field(default_factory=list)
+    numbers: list[Any] = field(default_factory=list)
+    """Factors of one element: Python numbers and one-element tensors."""
+    order: list[str] = field(default_factory=list)
+    bias: Term | None = None
+
+
+def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
+    """Take ``x`` apart into an int32 product and its scales."""
+    found = Dequantized()
+    value = walk.value(x)
+    if value.op == "add" and isinstance(value.args[1], Term):
+        for rest, bias in operands(value):
+            vector = channel(bias, value.shape[-1], context)
+            if vector is not None and len(_broadcasting(rest)) >= 2:
+                found.bias, value = vector, walk.value(rest)
+                break
+    refused = _factors(value, found, walk, context)
+    if refused is not None:
+        return refused
+    product = found.product
+    if product is None:
+        return Refused("there is no int32 product: the matmul is done in floating point", "", (x,))
+    if product.op == "add" and found.bias is None:
+        for rest, bias in operands(product):
+            vector = channel(bias, product.shape[-1], context)
+            if vector is not None and vector.dtype == torch.int32 and _available(walk.rows(rest)):
+                found.product, found.bias = walk.rows(rest), vector
+                break
+    if not found.per_channel and not found.numbers:
+        return Refused("the int32 product has no weight scale", "", (x,))
+    if found.order not in (["channel", "token"], ["channel"]):
+        walk.note(Numerics.ACCURATE, "the scales are multiplied in another order: last bit of float32")
+    return found
+
+
+def _broadcasting(term: Any) -> tuple[Size, ...]:
+    return term.shape if isinstance(term, Term) else ()
+
+
+def _available(product: Term) -> bool:
+    """A product that a node holds, or that npu_quant_matmul can be asked for."""
+    return bool(product.nodes) or product.op == "int_mm"
+
+
+def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Refused | None:
+    """Collect the factors of a product tree, inner ones first."""
+    term = walk.value(term)
+    if term.op == "cast" and term.args[0].dtype == torch.int32:
+        if found.product is not None:
+            return Refused("two int32 tensors are multiplied with each other", "", (term,))
+        found.product = walk.rows(term.args[0])
+        return None
+    if term.op != "mul":
+        if term.op in ("mm", "bmm", "input", "add"):
+            return Refused(
+                "there is no int32 product: the matmul is done in floating point", f"{term.op} gives the value", (term,)
+            )
+        return Refused("the value before swiglu is no scaled int32 product", f"it is {term.op}", (term,))
+    a, b = term.args
+    if not isinstance(b, Term):
+        refused = _factors(a, found, walk, context)
+        found.numbers.append(b)
+        found.order.append("number")
+        return refused
+    # Without one of the two the other alone has the full shape; when both have, scales were premultiplied.
+    for full, factor in ((a, b), (b, a)):
+        kind = _kind(factor, term.shape, context.sizes)
+        if kind is not None:
+            refused = _factors(full, found, walk, context)
+            _add(kind, factor, found)
+            return refused
+    for full, scales in ((a, b), (b, a)):
+        inner = walk.value(scales)
+        if inner.op == "mul" and isinstance(inner.args[1], Term):
+            kinds = [_kind(t, term.shape, context.sizes) for t in inner.args]
+            if None not in kinds:
+                refused = _factors(full, found, walk, context)
+                for kind, factor in zip(kinds, inner.args, strict=True):
+                    _add(str(kind), factor, found)
+                found.order.append("premultiplied")
+                return refused
+    return Refused(
+        "a scale is neither per output channel nor per token",
+        f"{list(_unexpanded(a).shape)} times {list(_unexpanded(b).shape)}",
+        (term,),
+    )
+
+
+def _unexpanded(term: Term) -> Term:
+    while term.op == "expand":
+        term = term.args[0]
+    return term
+
+
+def _kind(factor: Term, full: tuple[Size, ...], sizes: Sizes) -> str | None:
+    """How a factor broadcasts against the full shape: "channel", "token", "number", or None."""
+    shape = _unexpanded(factor).shape
+    shape = (1,) * (len(full) - len(shape)) + shape
+    lead, last = shape[:-1], shape[-1]
+    if all(s == 1 for s in lead):
+        if last == 1:
+            return "token" if all(s == 1 for s in full[:-1]) else "number"
+        return "channel" if sizes.equal(last, full[-1]) is Truth.YES else None
+    if last == 1 and sizes.same_shape(lead, full[:-1]):
+        return "token"
+    return None
+
+
+def _add(kind: str, factor: Term, found: Dequantized) -> None:
+    factor = _unexpanded(factor)
+    {"channel": found.per_channel, "token": found.per_token, "number": found.numbers}[kind].append(factor)
+    found.order.append(kind)
+
+
+class DequantSwiGLUQuant(Fusion):
+    name = "dequant_swiglu_quant"
+    operator = "npu_dequant_swiglu_quant"
+    anchors: ClassVar = ("cast", OPERATOR, "npu.npu_quantize.default", "round")
+    priority = 10
+    stage = "compose"
+
+    def match(self, term: Term, context: Context) -> Match | Refused | None:
+        if term.op == "round" or (term.op == "cast" and term.args[0].op == "round"):
+            return _fake_quantized(term, context)
+        if term.op == "cast" and term.dtype not in (torch.int8, torch.uint8):
+            return None
+        quantized = _quantized(term, context)
+        if quantized is None:
+            return None
+        if isinstance(quantized, Refused):
+            return quantized if _swiglu_inside(term, context) else None
+        walk = Walk(context.sizes, quantized.drift)
+        value, smooth = _smoothing(quantized.x, walk, context)
+        glu = gated(value, context)
+        if not isinstance(glu, Gated):
+            return glu
+        walk.drift.extend(glu.drift)
+        found = dequantized(glu.x, walk, context)
+        if isinstance(found, Refused):
+            return found
+        if smooth is not None and not quantized.dynamic:
+            return Refused("static quantization has no smooth scales", "", (term,))
+        limits = _hardware(found, context)
+        return limits if limits is not None else _replacement(term, found, glu, quantized, smooth, walk, context)
+
+
+def _quantized(term: Term, context: Context) -> Quantized | Refused | None:
+    if term.op == "npu.npu_quantize.default":
+        from npu_fusion.passes.lift.quantize import given_scale
+
+        return given_scale(term, context)
+    return quantization(term, context)
+
+
+def _smoothing(x: Term, walk: Walk, context: Context) -> tuple[Term, Term | None]:
+    """``x`` without a factor per channel on top of the SwiGLU, and that factor."""
+    x = walk.value(x)
+    if x.op == "mul" and isinstance(x.args[1], Term) and gated(x, context) is None:
+        for value, factor in operands(x):
+            smooth = channel(factor, x.shape[-1], context)
+            if smooth is not None:
+                return walk.value(value), smooth
+    return x, None
+
+
+def _hardware(found: Dequantized, context: Context) -> Refused | None:
+    if context.config.target is None:
+        return None
+    target = TARGETS[context.config.target]
+    assert found.product is not None
+    if found.bias is not None and found.bias.dtype != torch.int32 and not target.float_bias:
+        return Refused("the operator documents an int32 bias only", dtype_name(found.bias.dtype), (found.bias,))
+    if len(found.product.shape) > target.swiglu_max_rank:
+        return Refused("the operator takes at most 8 dimensions", str(len(found.product.shape)), (found.product,))
+    return None
+
+
+def _replacement(
+    term: Term,
+    found: Dequantized,
+    glu: Gated,
+    quantized: Quantized,
+    smooth: Term | None,
+    walk: Walk,
+    context: Context,
+) -> Match | Refused:
+    product, bias = found.product, found.bias
+    assert product is not None
+    if not _available(product):
+        return Refused("no node holds the int32 product", "", (term,))
+    new_product = not product.nodes
+    constraints = [even(context, product)]
+    if context.config.target is not None:
+        alignment = TARGETS[context.config.target].swiglu_alignment
+        constraints.append(
+            Constraint(
+                context.sizes.multiple(product.shape[-1], alignment),
+                f"the last dimension is not a multiple of {alignment}",
+                f"it is {product.shape[-1]}",
+            )
+        )
+    static = () if quantized.dynamic else (quantized.static_scale, quantized.offset)
+    numbers = [n for n in found.numbers if isinstance(n, Term)]
+    given = [bias, smooth, *found.per_channel, *found.per_token, *numbers, *static]
+    inputs = [t for t in given if isinstance(t, Term)]
+    inputs.extend(product.args if new_product else (product,))
+    rows = product.shape[:-1]
+
+    def build(e: Emitter) -> list[fx.Node]:
+        weight_scale = _weight_scale(e, found, product.shape[-1])
+        x = e.term(product) if not new_product else _int32_product(e, product, found)
+        arguments: dict[str, Any] = {"weight_scale": weight_scale}
+        if found.per_token:
+            arguments["activation_scale"] = _token_scale(e, found.per_token)
+        if bias is not None:
+            arguments["bias"] = e.term(bias)
+        if smooth is not None:
+            arguments["quant_scale"] = e.term(smooth, torch.float32)
+        if not quantized.dynamic:
+            arguments |= _static_scale(e, quantized)
+        call = e.call(
+            torch.ops.npu.npu_dequant_swiglu_quant.default,
+            x,
+            **arguments,
+            activate_left=glu.left,
+            quant_mode=1 if quantized.dynamic else 0,
+        )
+        y = e.item(call, 0)
+        return [y, e.item(call, 1)] if quantized.dynamic else [y]
+
+    outputs = [[quantized.y], quantized.scales] if quantized.dynamic else [[quantized.y]]
+    return Match(
+        inputs,
+        outputs,
+        build,
+        walk.drift,
+        constraints,
+        int32_product=(*rows, product.shape[-1]) if new_product else None,
+    )
+
+
+def _int32_product(e: Emitter, product: Term, found: Dequantized) -> fx.Node:
+    """npu_quant_matmul asked for its accumulator. Its scale argument is required but not used then."""
+    a, b = product.args
+    scale = (found.per_channel or found.numbers)[0]
+    return e.call(
+        torch.ops.npu.npu_quant_matmul.default,
+        e.term(a),
+        e.term(b),
+        e.view(e.term(_raw(scale)), (scale.shape[-1],)),
+        output_dtype=3,
+    )
+
+
+def _raw(term: Term) -> Term:
+    """The tensor that a widened value was widened from."""
+    return term.args[0] if term.op == "cast" and not term.nodes else term
+
+
+def _weight_scale(e: Emitter, found: Dequantized, size: Size) -> fx.Node:
+    """One float32 factor per channel out of all factors that are not per token."""
+    parts = [e.view(e.term(t, torch.float32), (size,)) for t in found.per_channel]
+    for number in found.numbers:
+        node = number
+        if isinstance(number, Term):
+            node = e.view(e.term(number, torch.float32), (1,))
+        parts.append(node)
+    total = parts[0]
+    for part in parts[1:]:
+        total = e.call(aten.mul.Tensor, total, part)
+    if not found.per_channel:
+        if not isinstance(total, fx.Node):
+            return e.call(aten.full.default, e.sizes((size,)), float(total), dtype=torch.float32)
+        total = e.call(aten.expand.default, total, e.sizes((size,)))
+    return total
+
+
+def _token_scale(e: Emitter, factors: list[Term]) -> fx.Node:
+    nodes = [e.call(aten.reshape.default, e.term(t, torch.float32), [-1]) for t in factors]
+    total = nodes[0]
+    for node in nodes[1:]:
+        total = e.call(aten.mul.Tensor, total, node)
+    return total
+
+
+def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:
+    """quant_scale divides; a factor is inverted once per call, on the small tensor."""
+    scale = _vector_or_number(e, quantized.static_scale)
+    if quantized.static_inverse:
+        scale = e.call(aten.reciprocal.default, scale)
+    if quantized.offset is None:
+        offset = e.call(aten.zeros_like.default, scale)
+    else:
+        offset = _vector_or_number(e, quantized.offset)
+        have, want = offset.meta["val"].shape, scale.meta["val"].shape
+        if have != want:
+            both = torch.broadcast_shapes(have, want)
+            scale, offset = (
+                n if n.meta["val"].shape == both else e.call(aten.expand.default, n, list(both))
+                for n in (scale, offset)
+            )
+    return {"quant_scale": scale, "quant_offset": offset}
+
+
+def _vector_or_number(e: Emitter, value: Any) -> fx.Node:
+    if isinstance(value, Term):
+        term = _unexpanded(value)
+        return e.call(aten.reshape.default, e.term(term, torch.float32), [-1])
+    return e.call(aten.full.default, [1], float(value), dtype=torch.float32)
+
+
+def _swiglu_inside(term: Term, context: Context) -> bool:
+    """Does a refused quantization quantize a SwiGLU? (Otherwise the refusal is not this fusion's.)"""
+    pending, seen = [term], set()
+    while pending and len(seen) < 40:
+        found = pending.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        if isinstance(gated(found, context), Gated):
+            return True
+        if found.op not in ("int_mm", "mm", "bmm", "input"):
+            pending.extend(a for a in found.args if isinstance(a, Term))
+    return False
+
+
+def _fake_quantized(term: Term, context: Context) -> Refused | None:
+    """Rounded to the int8 grid but multiplied back: the next matmul is a floating one."""
+    rounded = term if term.op == "round" else term.args[0]
+    users = {u for n in term.nodes for u in n.users}
+    followers = [context.view.of.get(u) for u in users]
+    back = [f for f in followers if isinstance(f, Term) and f.op in ("mul", "clamp", "sub")]
+    if not back or len(back) < len(followers) or not _scaled_back(back, context):
+        return None
+    if not _swiglu_inside(rounded, context):
+        return None
+    return Refused("quantized and dequantized again: the next matmul is a floating one", "", (term,))
+
+
+def _scaled_back(terms: list[Term], context: Context) -> bool:
+    """Do these end in a multiplication rather than in a cast to int8?"""
+    for term in terms:
+        if term.op == "mul":
+            return True
+        users = {u for n in term.nodes for u in n.users}
+        following = [context.view.of.get(u) for u in users]
+        if any(isinstance(f, Term) and f.op in ("mul", "sub") for f in following):
+            return True
+    return False
+
+

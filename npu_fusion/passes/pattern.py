@@ -1,0 +1,404 @@
+"""The gate that every rewrite goes through, in the base class so that no author can forget a part of it.
+
+::
+
+    match ─▶ constraints ─▶ numerics policy ─▶ region ─▶ aliasing and mutation ─▶ streams ─▶ memory ─▶ replace ─▶ record
+
+A fusion says *what* it recognizes (:meth:`Fusion.match`: a :class:`Match`, a :class:`Refused` near miss, or
+None) and *how* the replacement is built (:attr:`Match.build`). The gate decides *whether*:
+
+* constraints: conditions on sizes and dtypes, three-valued (:class:`npu_fusion.passes.checks.Truth`);
+* numerics: the highest level among everything the match steps over must be allowed by the config;
+* region: the FX nodes between the match's inputs and outputs. Every one of them must be used inside only (a
+  second user is a refusal that names it), and every edge into the region must be one of the match's inputs,
+  so nothing that the source reads can get lost;
+* mutation: nothing in or around the region may write what the region reads;
+* streams: no region crosses stream labels;
+* memory: an int32 product that the source did not have is limited by the config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from npu_fusion.config import FusionConfig, Numerics
+from npu_fusion.passes.checks import Sizes, Truth, product
+from npu_fusion.passes.rewrite import Emitter, Rewriter
+from npu_fusion.passes.terms import Drift, Size, Term, TermGraph, sizes_of
+from npu_fusion.report import Fused, FusionReport, Refusal
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A near miss: the same ``reason`` for every instance of a cause; ``detail`` has this one's values."""
+
+    reason: str
+    detail: str = ""
+    terms: tuple[Term, ...] = ()
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A condition on sizes. ``relation`` is the sympy relation to guard on, where there is one."""
+
+    truth: Truth
+    reason: str
+    detail: str = ""
+    relation: Any = None
+
+
+@dataclass
+class Match:
+    """A place where a fusion applies, if the gate agrees.
+
+    ``inputs``: the terms that the replacement reads. ``outputs``: for each output of ``build``, the terms it
+    replaces (all nodes that hold one of them). ``build(emitter)`` returns one node per entry of ``outputs``;
+    the gate casts and views each to what it replaces.
+    """
+
+    inputs: Sequence[Term | None]
+    outputs: Sequence[Sequence[Term]]
+    build: Callable[[Emitter], Sequence[fx.Node]]
+    drift: Sequence[Drift] = ()
+    constraints: Sequence[Constraint] = ()
+    int32_product: tuple[Size, ...] | None = None
+    """Shape of an int32 product that the replacement creates and the source did not have."""
+    tolerance: tuple[float, float] = (1e-2, 1e-2)
+    """(absolute, relative to the largest value) allowed by ``verify`` where the numerics level is not strict."""
+
+
+@dataclass
+class Context:
+    """What a fusion may look at while it matches."""
+
+    view: TermGraph
+    sizes: Sizes
+    config: FusionConfig
+    rewriter: Rewriter
+    report: FusionReport
+    hazards: Hazards
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """Shared results of recognizers, keyed by (recognizer, term)."""
+
+
+FUSIONS: dict[str, Fusion] = {}
+"""Name -> fusion, filled when the modules of passes/lift and passes/compose are imported."""
+
+
+class Fusion(ABC):
+    """One fused operator: what it looks like in a graph and how it is put there."""
+
+    name: ClassVar[str]
+    """Also the name of its flag in FusionConfig and of its file."""
+    operator: ClassVar[str]
+    """The operator that it emits."""
+    anchors: ClassVar[tuple[str, ...]]
+    """Canonical operators at which :meth:`match` is tried."""
+    priority: ClassVar[int]
+    """Larger fusions come first; what they take is not there for the smaller ones."""
+    stage: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not getattr(cls, "__abstractmethods__", None) and "name" in cls.__dict__:
+            if cls.name in FUSIONS:
+                raise ValueError(f"two fusions are named {cls.name!r}")
+            FUSIONS[cls.name] = cls()
+
+    @abstractmethod
+    def match(self, term: Term, context: Context) -> Match | Refused | None:
+        """Recognize the fusion whose last value is ``term``."""
+
+    def apply(self, term: Term, context: Context) -> bool:
+        """Match at ``term``, pass the gate, rewrite and record. True if the fusion was made."""
+        found = self.match(term, context)
+        if found is None:
+            return False
+        if isinstance(found, Refused):
+            self._refuse(term, found, context)
+            return False
+        outputs = [
+            [n for t in terms for n in t.nodes if n not in context.rewriter.dead and n not in context.rewriter.made]
+            for terms in found.outputs
+        ]
+        replaced = [node for nodes in outputs for node in nodes]
+        if not outputs[0]:
+            return False
+        region = Region.between(found, replaced, context)
+        refusal = (
+            _constraints(found, context)
+            or _numerics(found, context)
+            or (region if isinstance(region, Refused) else None)
+        )
+        if refusal is None:
+            assert isinstance(region, Region)
+            refusal = region.hazard(context) or _memory(found, context)
+        if refusal is not None:
+            self._refuse(term, refusal, context)
+            return False
+        assert isinstance(region, Region)
+        emitted = () if context.config.dry_run else self._replace(found, outputs, region, context)
+        if context.config.dry_run:
+            context.rewriter.retire(region.nodes)
+        context.report.fusions.append(
+            Fused(
+                self.name,
+                self.operator,
+                _level(found.drift).name.lower(),
+                tuple(dict.fromkeys(d.what for d in found.drift)),
+                tuple(n.name for n in sorted(region.nodes)),
+                emitted,
+                source_of(replaced[0]),
+            )
+        )
+        return True
+
+    def _replace(
+        self, found: Match, outputs: list[list[fx.Node]], region: Region, context: Context
+    ) -> tuple[str, ...]:
+        rewriter = context.rewriter
+        mark = rewriter.mark()
+        try:
+            emitter = rewriter.emitter(region.inputs, sorted(n for nodes in outputs for n in nodes))
+            results = found.build(emitter)
+            new: list[tuple[fx.Node, fx.Node]] = []
+            for nodes, result in zip(outputs, results, strict=True):
+                for node in nodes:
+                    if all(u in region.nodes for u in rewriter.live_users(node)):
+                        continue
+                    value = node.meta["val"]
+                    shaped = emitter.view(emitter.cast(result, value.dtype), sizes_of(value.shape))
+                    new.append((node, shaped))
+            if context.config.verify:
+                from npu_fusion.passes.verify import verify
+
+                verify(self.name, found, region, new, emitter, _level(found.drift))
+            for old, replacement in new:
+                rewriter.redirect(old, replacement, region.nodes)
+            rewriter.retire(region.nodes)
+        except BaseException:
+            rewriter.rollback(mark)
+            raise
+        for old, replacement in new:
+            term = context.view.of[old]
+            context.view.of[replacement] = term
+            term.nodes = [replacement if n is old else n for n in term.nodes]
+            rewriter.made.add(replacement)
+        return tuple(n.name for n in emitter.nodes)
+
+    def _refuse(self, term: Term, refusal: Refused, context: Context) -> None:
+        nodes = [n for t in (refusal.terms or (term,)) for n in t.nodes]
+        if not nodes:
+            nodes = term.nodes
+        context.report.refused.append(
+            Refusal(
+                self.name,
+                refusal.reason,
+                refusal.detail,
+                tuple(n.name for n in nodes),
+                source_of(nodes[0]) if nodes else None,
+            )
+        )
+
+
+@dataclass
+class Region:
+    """The FX nodes that a match replaces: everything between its inputs and its outputs."""
+
+    nodes: frozenset[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+    @classmethod
+    def between(cls, match: Match, outputs: list[fx.Node], context: Context) -> Region | Refused:
+        dead = context.rewriter.dead
+        stops = {n for t in match.inputs if t is not None for n in held_by(t) if n not in dead}
+        inside: dict[fx.Node, None] = {}
+        used: dict[fx.Node, None] = {}
+        pending = list(outputs)
+        while pending:
+            node = pending.pop()
+            if node in inside:
+                continue
+            if node in stops and node not in outputs:
+                used[node] = None
+                continue
+            if node.op != "call_function":
+                if _is_size_or_constant(node, context):
+                    continue
+                return Refused(
+                    "the source reads a value that the fused operator has no argument for", f"it reads {node.name}"
+                )
+            if _holds_size(node):
+                continue
+            inside[node] = None
+            pending.extend(node.all_input_nodes)
+        ends = set(outputs)
+        for node in inside:
+            if node in ends:
+                continue
+            for user in node.users:
+                if user not in inside and user not in dead and not _ignores_value(user):
+                    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+                    return Refused(
+                        "an intermediate value that the fused operator does not return has a second user",
+                        f"{node.name} ({what}) is also used by {user.name}",
+                        (context.view.of[node],) if isinstance(context.view.of.get(node), Term) else (),
+                    )
+        return cls(frozenset(inside), list(used), list(outputs))
+
+    def hazard(self, context: Context) -> Refused | None:
+        """Mutation of what the region reads, or stream labels that it crosses."""
+        labels = {_stream(n) for n in self.nodes}
+        if len(labels) > 1:
+            shown = ", ".join(sorted(repr(label) for label in labels))
+            return Refused("the nodes run on different streams", f"stream labels {shown}")
+        return context.hazards.between(self, max(self.nodes))
+
+
+def held_by(term: Term) -> list[fx.Node]:
+    """The nodes that hold ``term``, or for a value inside a node, what it is made of."""
+    if term.nodes:
+        return term.nodes
+    return [n for arg in term.args if isinstance(arg, Term) for n in held_by(arg)]
+
+
+def _holds_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _is_size_or_constant(node: fx.Node, context: Context) -> bool:
+    term = context.view.of.get(node)
+    return _holds_size(node) or (isinstance(term, Term) and term.op == "const")
+
+
+def _ignores_value(user: fx.Node) -> bool:
+    """Users that check metadata only and go with what they check."""
+    return user.target is torch.ops.aten._assert_tensor_metadata.default
+
+
+def _stream(node: fx.Node) -> Any:
+    label = node.meta.get("stream_label")
+    custom = node.meta.get("custom")
+    if isinstance(custom, dict) and custom.get("stream") is not None:
+        return (label, custom["stream"])
+    return label
+
+
+class Hazards:
+    """Nodes that write to memory, found once per graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.writers: list[tuple[fx.Node, set[fx.Node]]] = []
+        for node in graph.nodes:
+            written = _written(node)
+            if written:
+                self.writers.append((node, written))
+
+    def between(self, region: Region, end: fx.Node) -> Refused | None:
+        """Does a node up to the region's end write what the region reads, after the region began?"""
+        if not self.writers:
+            return None
+        start = min(region.nodes)
+        read = {_storage_root(n) for n in region.inputs}
+        for node, written in self.writers:
+            if start < node < end and written & read:
+                names = ", ".join(sorted(n.name for n in written & read))
+                return Refused("an input is written in between", f"{node.name} writes {names}")
+        return None
+
+
+def _written(node: fx.Node) -> set[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return set()
+    written = set()
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            for n in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(n, fx.Node):
+                    written.add(_storage_root(n))
+    return written
+
+
+def _storage_root(node: fx.Node) -> fx.Node:
+    """What a chain of views is a view of."""
+    while node.op == "call_function" and getattr(node.target, "is_view", False):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+def _constraints(match: Match, context: Context) -> Refused | None:
+    for constraint in match.constraints:
+        truth = constraint.truth
+        if truth is Truth.UNKNOWN and constraint.relation is not None and context.config.symbolic == "guard":
+            truth = Truth.YES if context.sizes.guard(constraint.relation) else Truth.NO
+        if truth is Truth.YES:
+            continue
+        detail = constraint.detail
+        if truth is Truth.UNKNOWN:
+            detail = f"{detail}; symbolic sizes leave it open (symbolic='guard' would decide)".lstrip("; ")
+        return Refused(constraint.reason, detail)
+    return None
+
+
+def _level(drift: Sequence[Drift]) -> Numerics:
+    return max((d.level for d in drift), default=Numerics.STRICT)
+
+
+def _numerics(match: Match, context: Context) -> Refused | None:
+    allowed = context.config.level
+    for drift in match.drift:
+        if drift.level > allowed:
+            return Refused(
+                f"numerics={context.config.numerics!r} does not allow the difference",
+                f"{drift.what} (needs {drift.level.name.lower()!r})",
+            )
+    return None
+
+
+def _memory(match: Match, context: Context) -> Refused | None:
+    shape, config = match.int32_product, context.config
+    if shape is None:
+        return None
+    row = shape[-1]
+    per_token = config.int32_bytes_per_token
+    if per_token is not None:
+        bound = context.sizes.upper_bound(row)
+        if bound is None or 4 * bound > per_token:
+            return Refused(
+                "the int32 product needs more bytes per token than int32_bytes_per_token allows",
+                f"4 x {row} bytes, limit {per_token}",
+            )
+    if config.int32_product_bytes is not None:
+        bound = context.sizes.upper_bound(product(shape))
+        if bound is None or 4 * bound > config.int32_product_bytes:
+            most = "unbounded" if bound is None else str(4 * bound)
+            return Refused(
+                "the int32 product needs more bytes than int32_product_bytes allows",
+                f"up to {most} bytes for shape {list(shape)}, limit {config.int32_product_bytes}",
+            )
+    return None
+
+
+def source_of(node: fx.Node) -> str | None:
+    """``file:line`` of the innermost frame of the user's code that the node came from."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    for line in reversed(trace.splitlines()):
+        line = line.strip()
+        if line.startswith('File "'):
+            path, _, rest = line[len('File "') :].partition('", line ')
+            return f"{path}:{rest.split(',')[0].strip()}"
+    return None

@@ -1,0 +1,179 @@
+"""The way of a graph: canonicalize, recognize, rewrite the largest first, check, report.
+
+::
+
+    FX graph ─▶ TermGraph (canonical view, graph untouched) ─▶ compose ─▶ lift ─▶ order, clean up, lint
+
+Composition comes before lifting on purpose: both recognize on the canonical view, so a large fusion does not
+need its small parts to be in the graph, and what is never emitted costs nothing. What a large fusion refuses,
+the small ones then find as it was.
+
+A failing fusion is undone alone; a failure of the whole leaves the graph as it came. Both warn, or raise in
+strict mode.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from npu_fusion.config import FusionConfig
+from npu_fusion.passes import canonicalize, compose, lift
+from npu_fusion.passes.checks import Sizes
+from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards
+from npu_fusion.passes.rewrite import Rewriter
+from npu_fusion.passes.terms import Term, TermGraph
+from npu_fusion.report import FusionReport, Refusal
+
+_ROOMS = (canonicalize, compose, lift)
+
+Snapshot = Callable[[str, fx.Graph], None]
+
+
+class FusionError(RuntimeError):
+    """A pass failed in strict mode."""
+
+
+class FusionExpectationError(RuntimeError):
+    """The number of fusions is not the one that ``FusionConfig.expect`` asks for."""
+
+
+def run(
+    graph: fx.Graph,
+    config: FusionConfig,
+    *,
+    name: str = "graph",
+    host: str = "eager",
+    inference: bool = True,
+    decomposed: bool = False,
+    keep_stages: bool = False,
+) -> FusionReport:
+    """Run the whole pipeline on ``graph`` in place and return the account of it.
+
+    ``inference``: False refuses everything (a training graph saves intermediates that a fused operator does
+    not return). ``decomposed``: the graph is in Inductor's dialect. ``keep_stages``: keep readable code of
+    every stage in the report.
+    """
+    report = FusionReport(graph=name, host=host, dry_run=config.dry_run)
+    started = time.perf_counter()
+    report.operators_before = operators(graph)
+    if keep_stages:
+        report.stages.append(("before", readable(graph)))
+    if not inference:
+        report.refused.append(
+            Refusal("all", "the graph is traced for training", "run the model under torch.no_grad()")
+        )
+    else:
+        report.timing["count"] = time.perf_counter() - started
+        _run_stages(graph, config, report, decomposed, keep_stages)
+    report.operators_after = operators(graph) if report.fusions and not config.dry_run else report.operators_before
+    return report
+
+
+def _run_stages(
+    graph: fx.Graph, config: FusionConfig, report: FusionReport, decomposed: bool, keep_stages: bool
+) -> None:
+    clock = time.perf_counter
+    started = clock()
+    try:
+        view = TermGraph(graph)
+        rewriter = Rewriter(view, decomposed)
+        context = Context(view, Sizes(graph), config, rewriter, report, Hazards(graph))
+        anchors = _anchors(view)
+    except Exception as error:
+        _failed("canonicalize", error, config, report)
+        return
+    report.timing["canonicalize"] = clock() - started
+    for stage in ("compose", "lift"):
+        started = clock()
+        for fusion in sorted(FUSIONS.values(), key=lambda f: f.priority):
+            if fusion.stage == stage and config.enabled(fusion.name):
+                _run_fusion(fusion, anchors, context)
+        report.timing[stage] = clock() - started
+        if keep_stages and report.fusions and not config.dry_run:
+            report.stages.append((stage, readable(graph)))
+    if not report.fusions or config.dry_run:
+        return
+    started = clock()
+    order = {n.name: i for i, n in enumerate(graph.nodes)} if keep_stages else {}
+    try:
+        rewriter.commit()
+    except Exception as error:
+        rewriter.rollback()
+        report.fusions.clear()
+        _failed("clean up", error, config, report)
+        return
+    report.timing["clean up"] = clock() - started
+    if order:
+        report.fusions.sort(key=lambda f: order.get(f.nodes[-1], 0))
+        report.stages.append(("after", readable(graph)))
+
+
+def _anchors(view: TermGraph) -> dict[str, list[Term]]:
+    """Terms by canonical operator; one rounded to 16 bits also by what is rounded."""
+    anchors: dict[str, list[Term]] = defaultdict(list)
+    for term in view.terms:
+        anchors[term.op].append(term)
+        if term.op == "cast" and isinstance(term.args[0], Term) and not term.args[0].nodes:
+            anchors[term.args[0].op].append(term)
+    return anchors
+
+
+def _run_fusion(fusion: Fusion, anchors: dict[str, list[Term]], context: Context) -> None:
+    dead, made = context.rewriter.dead, context.rewriter.made
+    for op in fusion.anchors:
+        for term in anchors.get(op, ()):
+            if all(n in dead or n in made for n in term.nodes):
+                continue
+            try:
+                fusion.apply(term, context)
+            except Exception as error:
+                _failed(fusion.name, error, context.config, context.report)
+
+
+def _failed(what: str, error: Exception, config: FusionConfig, report: FusionReport) -> None:
+    message = f"{what}: {type(error).__name__}: {error}"
+    if config.strict or isinstance(error, AssertionError):
+        raise FusionError(f"npu_fusion pass failed: {message}") from error
+    report.failures.append(message)
+    warnings.warn(f"npu_fusion pass failed and was undone: {message}", RuntimeWarning, stacklevel=2)
+
+
+def operators(graph: fx.Graph) -> dict[str, int]:
+    """Operator name -> count, without views of tuples and sizes."""
+    counts: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            target: Any = node.target
+            namespace = getattr(target, "namespace", None)
+            if namespace is not None:
+                counts[f"{namespace}.{target._opname}"] += 1
+    return dict(counts)
+
+
+def readable(graph: fx.Graph) -> str:
+    """The graph as Python code with shapes and source lines."""
+    module = graph.owning_module
+    if isinstance(module, fx.GraphModule):
+        module.recompile()
+        return module.print_readable(print_output=False)
+    return str(graph.python_code("self").src)
+
+
+def check_expectation(report: FusionReport, config: FusionConfig) -> None:
+    """Raise :class:`FusionExpectationError` if a count differs from ``config.expect``, with the near misses."""
+    if config.expect is None:
+        return
+    fused = report.fused
+    wrong = {n: (fused.get(n, 0), c) for n, c in config.expect.items() if fused.get(n, 0) != c}
+    if not wrong:
+        return
+    lines = [f"{name}: {got} instead of {want}" for name, (got, want) in wrong.items()]
+    for (fusion, reason), items in report.refusals().items():
+        lines.append(f"  not fused {len(items)} x ({fusion}): {reason}; {items[0].detail} {items[0].source or ''}")
+    raise FusionExpectationError(f"graph {report.graph!r}: expected fusions were not made\n" + "\n".join(lines))

@@ -1,0 +1,205 @@
+"""Changing an FX graph so that every change can be taken back.
+
+New nodes are inserted and uses are redirected; the nodes that fell out of use stay in place until
+:meth:`Rewriter.commit` removes them. Until then :meth:`Rewriter.rollback` restores the graph exactly.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from npu_fusion import _compat
+from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
+
+aten = torch.ops.aten
+
+_LABELS = ("stream_label", "custom", "nn_module_stack")
+
+
+class RewriteError(RuntimeError):
+    """A replacement that cannot be put into the graph as built."""
+
+
+class Rewriter:
+    """All changes that one pipeline run makes to one graph."""
+
+    def __init__(self, view: TermGraph, decomposed: bool) -> None:
+        self.view = view
+        self.graph = view.graph
+        self.decomposed = decomposed
+        """Whether new nodes must be in Inductor's decomposed dialect."""
+        self.fake_mode = _compat.find_fake_mode(self.graph)
+        self.dead: dict[fx.Node, None] = {}
+        self.made: set[fx.Node] = set()
+        """Nodes that stand for a replaced value; they are not matched again."""
+        self.needs_sort = False
+        self._journal: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
+        self._added: list[fx.Node] = []
+        self._size_nodes: dict[Any, fx.Node] | None = None
+
+    # -- redirecting uses -----------------------------------------------------------------------------
+
+    def live_users(self, node: fx.Node) -> list[fx.Node]:
+        return [u for u in node.users if u not in self.dead]
+
+    def redirect(self, old: fx.Node, new: fx.Node, keep: frozenset[fx.Node] = frozenset()) -> None:
+        """Make every live user of ``old`` (but those in ``keep``) use ``new``."""
+        for user in list(old.users):
+            if user is new or user in keep or user in self.dead:
+                continue
+            self._journal.append((user, user.args, dict(user.kwargs)))
+            user.replace_input_with(old, new)
+
+    def retire(self, nodes: Iterable[fx.Node]) -> None:
+        """These nodes have been replaced: their uses no longer count."""
+        self.dead.update(dict.fromkeys(nodes))
+
+    def mark(self) -> tuple[int, int, int]:
+        return len(self._journal), len(self._added), len(self.dead)
+
+    def rollback(self, mark: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Undo everything since ``mark`` (or everything)."""
+        journal, added, dead = mark
+        for user, args, kwargs in reversed(self._journal[journal:]):
+            user.args, user.kwargs = args, kwargs
+        del self._journal[journal:]
+        for node in reversed(self._added[added:]):
+            self.graph.erase_node(node)
+        del self._added[added:]
+        for node in list(self.dead)[dead:]:
+            del self.dead[node]
+        self._size_nodes = None
+
+    def commit(self) -> None:
+        """Order the graph, drop what is no longer used, and check the result."""
+        if self.needs_sort:
+            _compat.stable_topological_sort(self.graph)
+        for node in sorted([*self.dead, *self._added], reverse=True):
+            self._erase_unused(node)
+        self.graph.lint()
+        self._journal.clear()
+        self._added.clear()
+
+    def _erase_unused(self, node: fx.Node) -> None:
+        """Erase a node without users, and what that leaves without users."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node.users or node._erased or node.op != "call_function" or node.is_impure():
+                continue
+            inputs = node.all_input_nodes
+            self.graph.erase_node(node)
+            pending.extend(inputs)
+
+    # -- building -------------------------------------------------------------------------------------
+
+    def emitter(self, inputs: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> Emitter:
+        """Where a replacement goes: before the first output if all inputs are there, else after the last input."""
+        first = min(outputs)
+        latest = max(inputs, default=None)
+        emitter = Emitter(self, template=outputs[0])
+        if latest is None or latest < first:
+            emitter.before = first
+        else:
+            emitter.before = latest.next
+            self.needs_sort = True
+        return emitter
+
+    def added(self, node: fx.Node) -> None:
+        self._added.append(node)
+
+    def size_node(self, size: sympy.Expr, before: fx.Node) -> fx.Node | None:
+        """A node of the graph that holds this symbolic size."""
+        if self._size_nodes is None:
+            self._size_nodes = {}
+            for node in self.graph.nodes:
+                value = node.meta.get("val")
+                if isinstance(value, torch.SymInt):
+                    self._size_nodes.setdefault(size_of(value), node)
+        found = self._size_nodes.get(size)
+        return found if found is not None and found < before else None
+
+
+class Emitter:
+    """Creates the nodes of one replacement, each with its fake value and the labels of what it replaces."""
+
+    def __init__(self, rewriter: Rewriter, template: fx.Node) -> None:
+        self.rewriter = rewriter
+        self.template = template
+        self.before: fx.Node = template
+        self.nodes: list[fx.Node] = []
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert ``target(*args, **kwargs)``; its fake implementation gives shape and dtype, or refuses."""
+        graph = self.rewriter.graph
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args, kwargs)
+        self.rewriter.added(node)
+        self.nodes.append(node)
+        meta = self.template.meta
+        for label in ("stack_trace", *_LABELS):
+            if label in meta:
+                node.meta[label] = meta[label]
+        node.meta["val"] = self._fake(target, args, kwargs)
+        return node
+
+    def _fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is operator.getitem:
+            return args[0].meta["val"][args[1]]
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = self.rewriter.fake_mode
+        if mode is None:
+            return target(*values[0], **values[1])
+        with mode:
+            return target(*values[0], **values[1])
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        return self.call(operator.getitem, node, index)
+
+    def term(self, term: Term, dtype: torch.dtype | None = None) -> fx.Node:
+        """The node that holds ``term``, made if it exists only inside another node; cast to ``dtype``."""
+        node = term.node
+        if node is None:
+            if term.op == "cast":
+                node = self.term(term.args[0])
+                dtype = dtype or term.dtype
+            elif term.op == "view":
+                node = self.view(self.term(term.args[0]), term.args[1])
+            else:
+                raise RewriteError(f"no node of the graph holds {term.op}")
+        return self.cast(node, dtype)
+
+    def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+        if dtype is None or node.meta["val"].dtype == dtype:
+            return node
+        if self.rewriter.decomposed:
+            return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+        return self.call(aten._to_copy.default, node, dtype=dtype)
+
+    def view(self, node: fx.Node, shape: tuple[Size, ...]) -> fx.Node:
+        """``node`` viewed as ``shape``; nothing where it has that shape already."""
+        have = sizes_of(node.meta["val"].shape)
+        if have == shape:
+            return node
+        return self.call(aten.reshape.default, node, self.sizes(shape))
+
+    def sizes(self, shape: tuple[Size, ...]) -> list[Any]:
+        """A shape as arguments: numbers, one -1, and nodes for the other symbolic sizes."""
+        arguments: list[Any] = []
+        inferred = False
+        for size in shape:
+            if isinstance(size, int):
+                arguments.append(size)
+                continue
+            found = self.rewriter.size_node(size, self.before)
+            if found is None and inferred:
+                raise RewriteError(f"no node of the graph holds the size {size}")
+            arguments.append(-1 if found is None else found)
+            inferred = inferred or found is None
+        return arguments

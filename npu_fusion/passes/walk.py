@@ -1,0 +1,99 @@
+"""Stepping through canonical terms while keeping account of what the step gives up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from npu_fusion.config import Numerics
+from npu_fusion.passes.checks import Sizes, Truth
+from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term, representable
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Walk:
+    """One attempt at a match: collects the :class:`Drift` of every rounding or spelling stepped over."""
+
+    def __init__(self, sizes: Sizes, drift: tuple[Drift, ...] = ()) -> None:
+        self.sizes = sizes
+        self.drift: list[Drift] = list(drift)
+
+    def note(self, level: Numerics, what: str) -> None:
+        self.drift.append(Drift(level, what))
+
+    def seen(self, term: Term) -> Term:
+        """Account for what canonicalization gave up in ``term``."""
+        self.drift.extend(term.drift)
+        return term
+
+    def rows(self, term: Term) -> Term:
+        """Through views that leave the last dimension alone: the rows stay what and in the order they are."""
+        while term.op == "view" and self._keeps_last(term):
+            term = term.args[0]
+        return term
+
+    def _keeps_last(self, term: Term) -> bool:
+        source, shape = term.args
+        if not source.shape or not shape:
+            return False
+        return self.sizes.equal(source.shape[-1], shape[-1]) is Truth.YES
+
+    def value(self, term: Any) -> Any:
+        """Through views of rows, and through roundings to 16 bits of a float32 value (each is noted)."""
+        while isinstance(term, Term):
+            term = self.rows(term)
+            rounded = self._rounded(term)
+            if rounded is None:
+                break
+            term = rounded
+        return term
+
+    def _rounded(self, term: Term) -> Term | None:
+        """``t`` for ``cast(view(cast(t, bf16)), f32)`` with a float32 ``t``."""
+        if term.op != "cast" or term.dtype != torch.float32:
+            return None
+        inner = self.rows(term.args[0])
+        if inner.op != "cast" or inner.dtype not in LOW_PRECISION or inner.args[0].dtype != torch.float32:
+            return None
+        source = inner.args[0]
+        if not representable(source, inner.dtype):
+            self.note(Numerics.ACCURATE, f"{described(source)} is not rounded to {dtype_name(inner.dtype)}")
+        return source
+
+    def unwrapped(self, term: Term) -> Term:
+        """Through any cast to a 16-bit float on the outside of a float32 value (noted), then :meth:`value`."""
+        inner = self.rows(term)
+        if inner.op == "cast" and inner.dtype in LOW_PRECISION and inner.args[0].dtype == torch.float32:
+            self.note(
+                Numerics.ACCURATE, f"{described(inner.args[0])} is not rounded to {dtype_name(inner.dtype)}"
+            )
+            inner = inner.args[0]
+        return self.value(inner)
+
+
+_NAMES = {"mul": "a product", "div": "a quotient", "add": "a sum", "half": "the dequantized product"}
+
+
+def described(term: Term) -> str:
+    """What a term is, for a note to the user."""
+    return _NAMES.get(term.op, term.op)
+
+
+def operands(term: Term) -> Iterator[tuple[Any, Any]]:
+    """Both orders of a binary term's operands."""
+    a, b = term.args
+    yield a, b
+    if a is not b:
+        yield b, a
+
+
+def base_of(term: Term) -> Term:
+    """What a tensor is a view, broadcast or exact conversion of."""
+    while term.op in ("view", "expand", "permute"):
+        term = term.args[0]
+    return term

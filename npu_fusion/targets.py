@@ -1,0 +1,29 @@
+"""What the hardware accepts: limits that the passes check when ``FusionConfig.target`` names a SoC.
+
+Source: the constraint sections of the torch_npu and CANN operator documentation. Where they contradict each
+other the smaller limit stands here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """Limits of one SoC family."""
+
+    name: str
+    swiglu_alignment: int = 64
+    """x's last dimension (2H) of npu_dequant_swiglu_quant is a multiple of this."""
+    swiglu_max_rank: int = 8
+    float_bias: bool = False
+    """Whether npu_dequant_swiglu_quant documents a floating bias."""
+    swiglu_modes: tuple[int, ...] = (0, 1, 2)
+
+
+TARGETS = {
+    "ascend910b": Target("ascend910b"),
+    "ascend910_93": Target("ascend910_93"),
+    "ascend950": Target("ascend950", swiglu_modes=(0,)),
+}

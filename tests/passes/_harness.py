@@ -1,0 +1,87 @@
+"""Capture a function as the hosts do, run the pipeline on the graph, run the result, and keep what is needed to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx
+
+from npu_fusion.config import FusionConfig
+from npu_fusion.passes import pipeline
+from npu_fusion.report import FusionReport
+
+DIALECTS = ("aot", "inductor")
+"""Undecomposed AOT graphs (torchair, npugraph_ex, eager host) and Inductor's decomposed ones."""
+
+
+@dataclass
+class Outcome:
+    report: FusionReport
+    expected: Any
+    """What eager gives."""
+    result: Any
+    """What the rewritten graph gives."""
+    code: str
+    before: str
+
+    @property
+    def fused(self) -> dict[str, int]:
+        return self.report.fused
+
+    def reasons(self, fusion: str) -> list[str]:
+        return [f"{r.reason}: {r.detail}" for r in self.report.refused if r.fusion == fusion]
+
+
+def fuse(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    dynamic: bool = False,
+    dialect: str = "aot",
+    prepare_graph: Callable[[fx.Graph], None] | None = None,
+    **config: Any,
+) -> Outcome:
+    """Compile ``fn`` with the pipeline in strict mode (a failing pass fails the test) and run both.
+
+    ``prepare_graph`` may edit the captured graph before the pipeline sees it (stream labels, say).
+    """
+    torch._dynamo.reset()
+    settings = FusionConfig(**{"strict": True, **config})
+    reports: list[FusionReport] = []
+    before: list[str] = []
+    code: list[str] = []
+
+    def run(graph: fx.Graph, decomposed: bool) -> None:
+        if prepare_graph is not None:
+            prepare_graph(graph)
+        before.append(pipeline.readable(graph))
+        reports.append(pipeline.run(graph, settings, decomposed=decomposed))
+        code.append(pipeline.readable(graph))
+
+    backend: Any
+    if dialect == "inductor":
+
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            patches = {"post_grad_custom_pre_pass": lambda g: run(g, True), "fx_graph_cache": False}
+            with torch._functorch.config.patch(enable_autograd_cache=False):
+                return compile_fx(gm, inputs, config_patches=patches)
+
+    else:
+
+        def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            run(gm.graph, False)
+            gm.recompile()
+            return gm.forward
+
+        backend = aot_autograd(fw_compiler=compiler)
+
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        expected = fn(*args)
+        result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    assert len(reports) == 1
+    return Outcome(reports[0], expected, result, code[0], before[0])
