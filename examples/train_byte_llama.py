@@ -4,7 +4,7 @@
 
 writes ``npu_fusion/demo/byte_llama.safetensors`` (float16 weights) and ``npu_fusion/demo/byte_llama.json``
 (the model's configuration and how it was trained). On two cores of a CPU with AVX-512 bfloat16 it takes about
-ten minutes; ``--precision float32`` suits any CPU and takes about twice as long. Needs
+twelve minutes; ``--precision float32`` suits any CPU and takes about twice as long. Needs
 ``pip install npu-fusion[demo]``.
 
 The model is transformers' ``LlamaForCausalLM`` (SwiGLU, RMSNorm, RoPE, grouped-query attention) over the 256

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from npu_fusion._version import __version__
-from npu_fusion.kernels import reference as _reference
-from npu_fusion.meta_impls import _registry
+from npu_fusion import _compat
+
+_compat.require_torch()
+
+from npu_fusion._version import __version__  # noqa: E402
+from npu_fusion.kernels import reference as _reference  # noqa: E402
+from npu_fusion.meta_impls import _registry  # noqa: E402
 
 _registry.register_all()
 
-__all__ = ["__version__"]
+from npu_fusion.backend import NpuBackend, get_npu_backend, reports  # noqa: E402
+from npu_fusion.config import FusionConfig  # noqa: E402
+from npu_fusion.explain import explain  # noqa: E402
+from npu_fusion.passes.pipeline import FusionError, FusionExpectationError  # noqa: E402
+from npu_fusion.passes.verify import FusionVerificationError  # noqa: E402
+from npu_fusion.report import FusionReport, Refusal  # noqa: E402
+
+__all__ = [
+    "FusionConfig",
+    "FusionError",
+    "FusionExpectationError",
+    "FusionReport",
+    "FusionVerificationError",
+    "NpuBackend",
+    "Refusal",
+    "__version__",
+    "explain",
+    "get_npu_backend",
+    "reports",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,3 +42,92 @@ def stable_topological_sort(graph: fx.Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort as sort
 
     sort(graph)
+
+
+def hint(value: Any) -> Any:
+    """The number that a symbolic size was traced with; other values as they are."""
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint)
+    return value
+
+
+def specialize_floats(gm: fx.GraphModule) -> None:
+    """Make the Python floats that Dynamo turned into graph inputs constants again, each with a guard.
+
+    With ``dynamic=True`` Dynamo passes floats of modules (an RMSNorm's eps) as 0-d tensors and reads them with
+    ``item()``. Fused operators take them as attributes, so they have to be numbers. This is what
+    ``torch._dynamo.config.specialize_float`` does, restricted to the graph at hand.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    changed = False
+    for node in list(gm.graph.nodes):
+        if node.op != "call_method" or node.target != "item":
+            continue
+        source = node.args[0]
+        example = source.meta.get("example_value")
+        if (
+            source.op == "placeholder"
+            and isinstance(example, FakeTensor)
+            and example.dim() == 0
+            and example.dtype == torch.float64
+            and isinstance(example.item_memo, torch.SymFloat)
+        ):
+            node.replace_all_uses_with(guard_scalar(example.item_memo))
+            gm.graph.erase_node(node)
+            changed = True
+    if changed:
+        gm.recompile()
+
+
+def inference_aware_pass_base() -> type:
+    """Base class of a graph pass that Inductor tells whether the graph is for inference (torch 2.9 and later).
+
+    Older versions call the pass with the graph alone.
+    """
+    from torch._inductor import custom_graph_pass
+
+    return getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+
+
+def may_need_grad(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Can the graph be traced for training: is grad mode on and does anything that goes in require a gradient?"""
+    tensors = [*inputs, *gm.parameters()]
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def inductor_cache_dir() -> Path:
+    """Where Inductor keeps its caches."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+@contextmanager
+def without_compile_caches() -> Iterator[None]:
+    """Compile afresh: no cached AOTAutograd result is used or written."""
+    from torch._functorch import config
+
+    with config.patch(enable_autograd_cache=False):
+        yield
+
+
+def compile_name() -> str | None:
+    """A name for the graph that Dynamo is compiling: ``graph_<frame>_<recompilation>``."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    if compile_id is None:
+        return None
+    return f"graph_{compile_id}".replace("/", "_").replace("[", "").replace("]", "")
+
+
+@contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Trace a function however often it has been traced before (the limit got its name in torch 2.7)."""
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({name: 2**16}):
+        yield

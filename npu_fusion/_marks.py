@@ -17,6 +17,7 @@ class Region:
     fused: Fused
     before: tuple[str, ...]
     after: tuple[str, ...]
+    """What was emitted and is still there; in a dry run the same nodes as before."""
     into: int | None
     """Number of the larger fusion that has taken this one in, if any."""
 
@@ -53,7 +54,7 @@ def mark(report: FusionReport, before: Collection[str], after: Collection[str]) 
             index + 1,
             fused,
             tuple(name for name in traced[index] if name in before),
-            tuple(name for name in fused.emitted if name in after),
+            tuple(name for name in fused.emitted or traced[index] if name in after),
             into[index] + 1 if index in into else None,
         )
         for index, fused in enumerate(report.fusions)

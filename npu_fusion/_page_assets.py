@@ -103,10 +103,13 @@ min-height:1.5em}
 .code li span{display:block}
 .code li em{display:block;font-style:normal;color:var(--soft);opacity:.85;font-size:.92em}
 .code li.f{background:hsl(var(--h) 75% 50%/var(--tint));border-left-color:hsl(var(--h) 65% var(--light))}
-.code li.n{outline:1px dashed var(--warn);outline-offset:-1px}
+.code li.n{border-inline:1px dashed var(--warn)}
+.code li.n.f{border-left:3px solid hsl(var(--h) 65% var(--light))}
+.code li.n:first-child,.code li:not(.n)+li.n{border-top:1px dashed var(--warn)}
+.code li.n:last-child,.code li.n:has(+li:not(.n)){border-bottom:1px dashed var(--warn)}
+.code li.f:has(>.tag){border-top:1px solid hsl(var(--h) 65% var(--light)/.5)}
 .code li.hover{background:hsl(var(--h,30) 75% 50%/.27)}
-.code li.hit,.code li:has(:target){background:hsl(var(--h,30) 85% 50%/.36);
-box-shadow:inset 0 0 0 1px hsl(var(--h,30) 80% 45%)}
+.code li.hit,.code li:has(:target){background:hsl(var(--h,30) 85% 50%/.36)}
 .code li.del{background:hsl(0 75% 50%/.1)}
 .code li.add{background:hsl(140 65% 40%/.13)}
 .code li>.tag{float:right;text-indent:0;margin-left:.6rem;padding:0 .45em;border-radius:4px;

@@ -65,7 +65,7 @@ def draw(nodes: Sequence[Line], emitted: Sequence[Line], operator: str, outputs:
     if len(nodes) > MOST_NODES:
         raise ValueError(f"picture of {operator}: {len(nodes)} nodes given; accepted: at most {MOST_NODES}")
     left = _place(nodes, frozenset(outputs), "node")
-    right = _place(emitted or [Line(operator, "", operator)], frozenset(), "fused")
+    right = _place(emitted or [Line(operator, "", "")], frozenset(), "fused")
     left_width, right_width = _extent(left), _extent(right)
     layers = 1 + max(box.layer for box in (*left, *right))
     height = 2 * MARGIN + HEIGHT + (layers - 1) * LAYER

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,6 +118,29 @@ class FusionReport:
         data["fusions"] = [Fused(**_with_tuples(entry)) for entry in data["fusions"]]
         data["refused"] = [Refusal(**_with_tuples(entry)) for entry in data["refused"]]
         return cls(**data)
+
+
+def merged(reports: Sequence[FusionReport]) -> FusionReport:
+    """One account of several graphs (a model with graph breaks): everything added up, in order."""
+    if len(reports) == 1:
+        return reports[0]
+    total = FusionReport(
+        graph=f"{len(reports)} graphs",
+        host=reports[0].host if reports else "",
+        dry_run=any(r.dry_run for r in reports),
+    )
+    for report in reports:
+        total.fusions.extend(report.fusions)
+        total.refused.extend(report.refused)
+        total.failures.extend(report.failures)
+        for mine, theirs in (
+            (total.timing, report.timing),
+            (total.operators_before, report.operators_before),
+            (total.operators_after, report.operators_after),
+        ):
+            for key, value in theirs.items():
+                mine[key] = mine.get(key, 0) + value  # type: ignore[operator,assignment]
+    return total
 
 
 def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class _Page:
             ("near misses", f"{len(report.refused):,}"),
         ]
         if report.operators_before:
-            counts = [sum(counter.values()) for counter in (report.operators_before, report.operators_after)]
-            tiles.append(("operators before → after", f"{counts[0]:,} → {counts[1]:,}"))
+            before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
+            tiles.append(("operators before → after", f"{before:,} → {after:,}"))
         tiles.append(("time of the passes", duration(report.seconds)))
         shown = "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles
@@ -180,7 +180,8 @@ class _Page:
 
     def _lines(self, region: Region) -> tuple[list[Line], list[Line]]:
         replaced = [self.before_by_name[name] for name in region.before]
-        return replaced, [self.after_by_name[name] for name in region.after]
+        emitted = [self.after_by_name[name] for name in region.after if name in region.fused.emitted]
+        return replaced, emitted
 
     def _figure(self, regions: Sequence[Region]) -> str:
         example = regions[0]

@@ -34,7 +34,9 @@ def _forward(x: torch.Tensor, scale: torch.Tensor, *weights: torch.Tensor) -> tu
 
 
 def _counts(graph: fx.Graph) -> dict[str, int]:
-    calls = (node for node in graph.nodes if node.op == "call_function" and node.target is not operator.getitem)
+    calls = (
+        node for node in graph.nodes if node.op == "call_function" and node.target is not operator.getitem
+    )
     return dict(Counter(str(node.target) for node in calls))
 
 
@@ -45,7 +47,8 @@ def _code(module: fx.GraphModule) -> str:
 
 def sample(layers: int = 2, *, dry_run: bool = False, name: str = "graph_0") -> FusionReport:
     """Every layer fused but the last, whose chain is a near miss."""
-    weights = [torch.zeros(HIDDEN, 2 * HIDDEN, dtype=torch.int8), torch.zeros(HIDDEN, 4, dtype=torch.int8)] * layers
+    widths = (2 * HIDDEN, 4) * layers
+    weights = [torch.zeros(HIDDEN, width, dtype=torch.int8) for width in widths]
     arguments = (torch.zeros(32, HIDDEN, dtype=torch.int8), torch.zeros(2 * HIDDEN), *weights)
     module = make_fx(_forward, tracing_mode="fake")(*arguments)
     graph = module.graph
@@ -89,7 +92,15 @@ def sample(layers: int = 2, *, dry_run: bool = False, name: str = "graph_0") -> 
             emitted = (call.name, first.name, second.name)
         note = "rounding of the float32 product is left out"
         report.fusions.append(
-            Fused("dequant_swiglu_quant", "npu_dequant_swiglu_quant", "accurate", (note,), names, emitted, source)
+            Fused(
+                "dequant_swiglu_quant",
+                "npu_dequant_swiglu_quant",
+                "accurate",
+                (note,),
+                names,
+                emitted,
+                source,
+            )
         )
     report.stages += [("compose", _code(module)), ("after", _code(module))]
     report.operators_after = _counts(graph)
@@ -98,27 +109,32 @@ def sample(layers: int = 2, *, dry_run: bool = False, name: str = "graph_0") -> 
 
 
 def large(layers: int, nodes_per_layer: int) -> FusionReport:
-    """A report as a model of many layers gives it, written directly: tracing thousands of nodes takes long."""
+    """A report as a model of many layers gives it, written directly: tracing it would take long."""
     before, after, report = [], [], FusionReport(graph="large", timing={"compose": 0.3})
     for layer in range(layers):
         names = [f"mul_{layer}_{index}" for index in range(nodes_per_layer)]
         for index, name in enumerate(names):
             reads = names[index - 1] if index else "arg0_1"
-            line = f'        {name}: "bf16[s77, 4096]" = torch.ops.aten.mul.Tensor({reads}, arg0_1);  {reads} = None'
+            code = f"torch.ops.aten.mul.Tensor({reads}, arg0_1);  {reads} = None"
+            line = f'        {name}: "bf16[s77, 4096]" = {code}'
             before.append(line)
             if not 10 <= index < 24:
                 after.append(line)
             if index == 23:
                 emitted = f"npu_swiglu_{layer}"
                 kind = '"bf16[s77, 4096]"'
-                after.append(f"        {emitted}: {kind} = torch.ops.npu.npu_swiglu.default({names[9]});")
+                after.append(f"        {emitted}: {kind} = torch.ops.npu.npu_swiglu.default({names[9]})")
         source = f"/home/user/layer.py:{layer}"
-        report.fusions.append(Fused("swiglu", "npu_swiglu", "strict", (), tuple(names[10:24]), (emitted,), source))
+        report.fusions.append(
+            Fused("swiglu", "npu_swiglu", "strict", (), tuple(names[10:24]), (emitted,), source)
+        )
         refused = tuple(names[40:52])
         report.refused.append(Refusal("rms_norm", "eps is a tensor", f"layer {layer}", refused, source))
     head = 'class GraphModule(torch.nn.Module):\n    def forward(self, arg0_1: "bf16[s77, 4096]"):\n'
     tail = f"        return (mul_{layers - 1}_{nodes_per_layer - 1},)\n"
-    report.stages = [(n, head + "\n".join(lines) + "\n" + tail) for n, lines in (("before", before), ("after", after))]
+    report.stages = [
+        (n, head + "\n".join(lines) + "\n" + tail) for n, lines in (("before", before), ("after", after))
+    ]
     report.operators_before = {"aten.mul.Tensor": len(before)}
     report.operators_after = {"aten.mul.Tensor": len(after) - layers, "npu.npu_swiglu.default": layers}
     return report

@@ -79,12 +79,15 @@ def evaluate_loss(model: ByteModel, data: bytes, context: int | None = None) -> 
         raise ValueError(f"evaluate_loss: context must be at least 1, got {context}")
     if len(data) < 2:
         raise ValueError(f"evaluate_loss: data must have at least 2 bytes to predict one, got {len(data)}")
-    tokens = _tokens(data)
     losses = []
     for start in range(0, len(data) - 1, context):
-        window = tokens[:, start : start + context + 1]
-        logits = model(window[:, :-1]).logits[0].double()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item())
+        window = data[start : start + context + 1]
+        # A tensor of its own, as in generate, and not a slice: torch.compile guards on views and would
+        # compile again.
+        logits = model(_tokens(window[:-1])).logits[0].double()
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, _tokens(window[1:])[0], reduction="sum").item()
+        )
     return math.fsum(losses) / (len(data) - 1)
 
 

@@ -1,0 +1,1 @@
+"""Where the pipeline is plugged in: one file per compiler that can take it."""

@@ -28,6 +28,7 @@ from npu_fusion.passes.checks import Sizes
 from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards
 from npu_fusion.passes.rewrite import Rewriter
 from npu_fusion.passes.terms import Term, TermGraph
+from npu_fusion.passes.verify import FusionVerificationError
 from npu_fusion.report import FusionReport, Refusal
 
 _ROOMS = (canonicalize, compose, lift)
@@ -132,13 +133,15 @@ def _run_fusion(fusion: Fusion, anchors: dict[str, list[Term]], context: Context
                 continue
             try:
                 fusion.apply(term, context)
+            except FusionVerificationError:
+                raise
             except Exception as error:
                 _failed(fusion.name, error, context.config, context.report)
 
 
 def _failed(what: str, error: Exception, config: FusionConfig, report: FusionReport) -> None:
     message = f"{what}: {type(error).__name__}: {error}"
-    if config.strict or isinstance(error, AssertionError):
+    if config.strict:
         raise FusionError(f"npu_fusion pass failed: {message}") from error
     report.failures.append(message)
     warnings.warn(f"npu_fusion pass failed and was undone: {message}", RuntimeWarning, stacklevel=2)

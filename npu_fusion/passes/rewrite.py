@@ -6,6 +6,7 @@ New nodes are inserted and uses are redirected; the nodes that fell out of use s
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class Rewriter:
         self.needs_sort = False
         self._journal: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
         self._added: list[fx.Node] = []
+        self._fakes: dict[Any, Any] = {}
         self._size_nodes: dict[Any, fx.Node] | None = None
 
     # -- redirecting uses -----------------------------------------------------------------------------
@@ -114,6 +116,20 @@ class Rewriter:
     def added(self, node: fx.Node) -> None:
         self._added.append(node)
 
+    def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``target`` returns by its fake implementation.
+
+        The layers of a model repeat the same shapes, and with symbolic sizes a fake tensor takes longer to make
+        than a match to find: equal calls share their result. (Sharing can only make a reader of storages see an
+        alias too many, never one too few.)
+        """
+        key = (target, _signature_of(args), _signature_of(tuple(kwargs.items())))
+        if key not in self._fakes:
+            fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with self.fake_mode or contextlib.nullcontext():
+                self._fakes[key] = target(*fake_args, **fake_kwargs)
+        return self._fakes[key]
+
     def size_node(self, size: sympy.Expr, before: fx.Node) -> fx.Node | None:
         """A node of the graph that holds this symbolic size."""
         if self._size_nodes is None:
@@ -124,6 +140,19 @@ class Rewriter:
                     self._size_nodes.setdefault(size_of(value), node)
         found = self._size_nodes.get(size)
         return found if found is not None and found < before else None
+
+
+def _signature_of(value: Any) -> Any:
+    """What of an argument a fake implementation can depend on, hashable."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, sizes_of(value.shape), sizes_of(value.stride()))
+    if isinstance(value, torch.SymInt):
+        return size_of(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature_of(v) for v in value)
+    return (type(value), value)
 
 
 class Emitter:
@@ -152,12 +181,7 @@ class Emitter:
     def _fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is operator.getitem:
             return args[0].meta["val"][args[1]]
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = self.rewriter.fake_mode
-        if mode is None:
-            return target(*values[0], **values[1])
-        with mode:
-            return target(*values[0], **values[1])
+        return self.rewriter.fake(target, args, kwargs)
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
         return self.call(operator.getitem, node, index)

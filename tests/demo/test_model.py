@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,15 @@ from npu_fusion.demo.model import CHECKPOINT, new_byte_llama
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small lose more by waiting for a second core than they gain from it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +86,7 @@ def test_the_linears_suit_the_npu(model: torch.nn.Module) -> None:
 
 
 def test_loss_of_unseen_text_shows_that_the_model_was_trained(model: torch.nn.Module) -> None:
-    text = evaluation_text()[:8192]
+    text = evaluation_text()[100_000:108_192]
     trained = evaluate_loss(model, text)
     torch.manual_seed(0)
     untrained = evaluate_loss(new_byte_llama(facts()["config"]), text)
@@ -84,7 +94,7 @@ def test_loss_of_unseen_text_shows_that_the_model_was_trained(model: torch.nn.Mo
     by_frequency = -sum(share * math.log(share) for share in shares)
     assert untrained > 5  # ln 256 = 5.55: knows nothing
     assert 3 < by_frequency < 4  # knows how often each byte occurs in this very text
-    assert trained < 1.6
+    assert trained < 1.5
     assert trained == pytest.approx(facts()["training"]["validation_loss_nats_per_byte"], abs=0.3)
 
 

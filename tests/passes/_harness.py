@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
+from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+from torch._inductor.virtualized import V
 
 from npu_fusion.config import FusionConfig
 from npu_fusion.passes import pipeline
@@ -37,6 +39,17 @@ class Outcome:
         return [f"{r.reason}: {r.detail}" for r in self.report.refused if r.fusion == fusion]
 
 
+def _post_grad_only(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """What Inductor does to a graph before it generates code, and then the graph itself: a second less a test."""
+    view_to_reshape(gm)
+    with torch.no_grad():
+        mode = fake_tensor_prop(gm, inputs)
+    with V.set_fake_mode(mode):
+        post_grad_passes(gm, is_inference=kwargs.get("is_inference", True))
+    gm.recompile()
+    return gm.forward
+
+
 def fuse(
     fn: Callable[..., Any],
     args: Sequence[Any],
@@ -44,11 +57,13 @@ def fuse(
     dynamic: bool = False,
     dialect: str = "aot",
     prepare_graph: Callable[[fx.Graph], None] | None = None,
+    inference: bool = True,
     **config: Any,
 ) -> Outcome:
     """Compile ``fn`` with the pipeline in strict mode (a failing pass fails the test) and run both.
 
     ``prepare_graph`` may edit the captured graph before the pipeline sees it (stream labels, say).
+    ``inference`` is what the pipeline is told. Inductor's dialect runs its passes but not its code generator.
     """
     torch._dynamo.reset()
     settings = FusionConfig(**{"strict": True, **config})
@@ -60,7 +75,7 @@ def fuse(
         if prepare_graph is not None:
             prepare_graph(graph)
         before.append(pipeline.readable(graph))
-        reports.append(pipeline.run(graph, settings, decomposed=decomposed))
+        reports.append(pipeline.run(graph, settings, decomposed=decomposed, inference=inference))
         code.append(pipeline.readable(graph))
 
     backend: Any
@@ -69,7 +84,7 @@ def fuse(
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             patches = {"post_grad_custom_pre_pass": lambda g: run(g, True), "fx_graph_cache": False}
             with torch._functorch.config.patch(enable_autograd_cache=False):
-                return compile_fx(gm, inputs, config_patches=patches)
+                return compile_fx(gm, inputs, inner_compile=_post_grad_only, config_patches=patches)
 
     else:
 
