@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,25 @@ def no_recompile_limit() -> Iterator[None]:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     with config.patch({name: 2**16}):
         yield
+
+
+def why_no_inductor() -> str | None:
+    """What Inductor misses to compile for the CPU, or None if it can."""
+    from torch._inductor import config, exc
+
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "the headers of Python are not installed"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return f"there is no C++ compiler ({config.cpp.cxx})"
+    return None
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Compute with real tensors although a graph is being compiled, where a FakeTensorMode is on."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

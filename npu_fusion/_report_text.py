@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 NARROWEST = 60
 GAP = "  "
+SENTENCE = 16
+"""Narrower than this, a sentence is harder to read than a broken path."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def print_report(report: FusionReport, console: Any = None) -> None:
         drawn = RichTable(title=table.title, title_justify="left", title_style="bold", header_style="dim")
         for column, head in enumerate(table.heads):
             right = column in table.numeric
-            drawn.add_column(head, justify="right" if right else "left", no_wrap=right, overflow="fold")
+            fixed = right or column == 0
+            drawn.add_column(head, justify="right" if right else "left", no_wrap=fixed, overflow="fold")
         for row in table.rows:
             drawn.add_row(*map(Text, row))
         console.print(drawn)
@@ -98,7 +101,7 @@ def _fusions(report: FusionReport) -> Table:
         distinct = dict.fromkeys(note for instance in notes for note in instance)
         rows.append((operator, str(len(notes)), level, "; ".join(distinct)))
     title = "Fusions that would be made (dry run)" if report.dry_run else "Fusions"
-    return Table(title, ("operator", "count", "numerics", "notes"), tuple(rows), frozenset({1}))
+    return _trimmed(Table(title, ("operator", "count", "numerics", "notes"), tuple(rows), frozenset({1})))
 
 
 def _refusals(report: FusionReport) -> Table:
@@ -107,7 +110,15 @@ def _refusals(report: FusionReport) -> Table:
         source = next((refusal.source for refusal in group if refusal.source), "")
         rows.append((fusion, reason, str(len(group)), group[0].detail, source))
     heads = ("fusion", "reason", "count", "first detail", "first source")
-    return Table("Near misses", heads, tuple(rows), frozenset({2}))
+    return _trimmed(Table("Near misses", heads, tuple(rows), frozenset({2})))
+
+
+def _trimmed(table: Table) -> Table:
+    """Without the columns at the right end that have nothing in them."""
+    end = len(table.heads)
+    while end and not any(row[end - 1] for row in table.rows):
+        end -= 1
+    return replace(table, heads=table.heads[:end], rows=tuple(row[:end] for row in table.rows))
 
 
 def operators_table(report: FusionReport) -> Table:
@@ -161,7 +172,7 @@ def _draw_row(row: Sequence[str], widths: Sequence[int], numeric: frozenset[int]
 
 
 def _fit(table: Table, width: int) -> list[int]:
-    """Column widths: as wide as the content, the widest text columns giving way first."""
+    """Column widths: that of the content; sentences give way first, then names and paths, widest first."""
     columns = list(zip(table.heads, *table.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     smallest = [len(head) for head in table.heads]
@@ -169,5 +180,8 @@ def _fit(table: Table, width: int) -> list[int]:
         candidates = [c for c in range(len(widths)) if c not in table.numeric and widths[c] > smallest[c]]
         if not candidates:
             break
-        widths[max(candidates, key=lambda c: widths[c])] -= 1
+        sentences = [
+            c for c in candidates if widths[c] > SENTENCE and any(" " in cell for cell in columns[c][1:])
+        ]
+        widths[max(sentences or candidates, key=lambda c: widths[c])] -= 1
     return widths

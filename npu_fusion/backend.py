@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,18 +59,31 @@ def get_npu_backend(
     ``compiler_config``: options of the host's own compiler; for ``inductor`` a dict of its config options.
     ``fusion_config``: a :class:`npu_fusion.FusionConfig` or a dict of its fields; ``NPU_FUSION_*`` environment
     variables override it. ``host``: ``"inductor"`` compiles the rest of the graph, ``"eager"`` runs it operator
-    by operator, ``"auto"`` is Inductor where there is no NPU.
+    by operator, ``"auto"`` is Inductor, or eager with a warning where Inductor has no C++ compiler to use.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument before anything is compiled.
     """
     if host not in HOSTS:
         raise ValueError(f"host is {host!r}; accepted: {', '.join(map(repr, HOSTS))}")
-    resolved = "inductor" if host == "auto" else host
+    resolved = _automatic() if host == "auto" else host
     if compiler_config is not None:
         if resolved == "eager":
             raise ValueError("compiler_config is given, but host='eager' has no compiler; accepted: None")
         _check_inductor_options(compiler_config)
     return NpuBackend(FusionConfig.make(fusion_config), resolved, compiler_config or {})
+
+
+def _automatic() -> str:
+    missing = None if torch.cuda.is_available() else _compat.why_no_inductor()
+    if missing is None:
+        return "inductor"
+    warnings.warn(
+        f"npu_fusion runs the fused graph eagerly: Inductor cannot be used because {missing}. "
+        "host='eager' says so without this warning.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "eager"
 
 
 def _check_inductor_options(options: Any) -> None:

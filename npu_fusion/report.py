@@ -66,6 +66,8 @@ class FusionReport:
     refused: list[Refusal] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Passes that raised and were undone (strict mode raises instead)."""
+    began: float = 0.0
+    """When the pipeline began, on the clock of ``time.perf_counter``."""
     timing: dict[str, float] = field(default_factory=dict)
     operators_before: dict[str, int] = field(default_factory=dict)
     operators_after: dict[str, int] = field(default_factory=dict)
@@ -139,7 +141,7 @@ def merged(reports: Sequence[FusionReport]) -> FusionReport:
             (total.operators_after, report.operators_after),
         ):
             for key, value in theirs.items():
-                mine[key] = mine.get(key, 0) + value  # type: ignore[operator,assignment]
+                mine[key] = mine.get(key, 0) + value  # type: ignore[assignment]
     return total
 
 

@@ -102,7 +102,9 @@ class _Page:
             groups.setdefault((region.fused.operator, region.fused.level), []).append(region)
         rows = []
         for (operator, level), regions in groups.items():
-            notes = dict.fromkeys(note for region in regions for note in region.fused.notes)
+            notes = list(dict.fromkeys(note for region in regions for note in region.fused.notes))
+            if not notes and level == "strict":
+                notes = ["not at all"]
             rows.append(
                 f'<tr class="{self.graph.kind(operator)}" id="{anchor(operator, level)}"><th scope="row">'
                 f'<span class="swatch"></span><code>{escape(operator)}</code></th>'

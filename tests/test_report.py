@@ -78,6 +78,13 @@ def test_text_refuses_a_width_that_no_table_fits() -> None:
         many().text(20)
 
 
+def test_narrow_text_wraps_sentences_before_names() -> None:
+    report = FusionReport(refused=[Refusal("dequant_swiglu_quant", "words " * 30, source="/a/file.py:12")])
+    for width in (80, 100):
+        assert line_of(report.text(width), "dequant_swiglu_quant", "words", "/a/file.py:12")
+    assert "notes" not in FusionReport(fusions=[Fused("swiglu", "npu_swiglu", "strict")]).text()
+
+
 def test_str_is_text() -> None:
     report = sample()
     assert str(report) == report.text()

@@ -109,6 +109,11 @@ def test_tables_say_what_the_report_says() -> None:
     assert "3.70 ms" in text
 
 
+def test_a_strict_fusion_says_that_nothing_differs() -> None:
+    report = FusionReport(fusions=[Fused("swiglu", "npu_swiglu", "strict", source="a.py:1")])
+    assert "npu_swiglu1strictnot at alla.py:1" in page_of(report).text
+
+
 def test_stage_by_stage_counts_lines() -> None:
     text = page_of(sample(2)).text
     # One chain and the two readers of its results (the projection, the return) go out.

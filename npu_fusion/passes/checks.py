@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from npu_fusion.passes.terms import Size
+from npu_fusion.passes.terms import Size, sizes_of
 
 
 class Truth(Enum):
@@ -109,6 +109,17 @@ def _find_shape_env(graph: fx.Graph) -> Any:
             # Symbols enter through the inputs; unbacked ones do not help any proof.
             return None
     return None
+
+
+def row_major(value: torch.Tensor) -> bool:
+    """Is the tensor known to be contiguous? (``is_contiguous()`` may install guards.)"""
+    expected: Size = 1
+    sizes, strides = sizes_of(value.shape), sizes_of(value.stride())
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and sympy.expand(stride - expected) != 0:
+            return False
+        expected = expected * size
+    return True
 
 
 def product(shape: tuple[Size, ...]) -> Size:

@@ -43,6 +43,10 @@ class FusionError(RuntimeError):
 class FusionExpectationError(RuntimeError):
     """The number of fusions is not the one that ``FusionConfig.expect`` asks for."""
 
+    def __init__(self, message: str, report: FusionReport) -> None:
+        super().__init__(message)
+        self.report = report
+
 
 def run(
     graph: fx.Graph,
@@ -60,8 +64,8 @@ def run(
     not return). ``decomposed``: the graph is in Inductor's dialect. ``keep_stages``: keep readable code of
     every stage in the report.
     """
-    report = FusionReport(graph=name, host=host, dry_run=config.dry_run)
     started = time.perf_counter()
+    report = FusionReport(graph=name, host=host, dry_run=config.dry_run, began=started)
     report.operators_before = operators(graph)
     if keep_stages:
         report.stages.append(("before", readable(graph)))
@@ -179,4 +183,5 @@ def check_expectation(report: FusionReport, config: FusionConfig) -> None:
     lines = [f"{name}: {got} instead of {want}" for name, (got, want) in wrong.items()]
     for (fusion, reason), items in report.refusals().items():
         lines.append(f"  not fused {len(items)} x ({fusion}): {reason}; {items[0].detail} {items[0].source or ''}")
-    raise FusionExpectationError(f"graph {report.graph!r}: expected fusions were not made\n" + "\n".join(lines))
+    message = f"graph {report.graph!r}: expected fusions were not made\n" + "\n".join(lines)
+    raise FusionExpectationError(message, report)

@@ -188,7 +188,7 @@ class Emitter:
 
     def term(self, term: Term, dtype: torch.dtype | None = None) -> fx.Node:
         """The node that holds ``term``, made if it exists only inside another node; cast to ``dtype``."""
-        node = term.node
+        node = next((n for n in term.nodes if n not in self.rewriter.dead), term.node)
         if node is None:
             if term.op == "cast":
                 node = self.term(term.args[0])

@@ -121,9 +121,17 @@ def _shape_of_synthetic(term: Term) -> tuple[Size, ...]:
         return (*base.shape[:-1], last // 2 if isinstance(last, int) else sympy.floor(last / 2))
     if term.op == "view":
         return term.args[1]
-    if term.op in ("absmax", "amax", "amin", "mean"):
+    if term.op in ("absmax", "amax", "amin", "mean", "sum"):
         base, dims = term.args
         return tuple(1 if d in dims else s for d, s in enumerate(base.shape))
+    if term.op == "slice":
+        base, dim, _, length, _ = term.args
+        return (*base.shape[:dim], length, *base.shape[dim + 1 :])
+    if term.op == "permute":
+        base, dims = term.args
+        return tuple(base.shape[d] for d in dims)
+    if term.op == "rms_norm":
+        return term.args[0].shape
     if term.op == "int_mm":
         a, b = term.args
         return (*a.shape[:-1], b.shape[-1])
@@ -202,6 +210,7 @@ class TermGraph:
         self._table: dict[Any, Term] = {}
         self.terms: list[Term] = []
         """Every term that a node holds, in the order of its first node."""
+        self._users: dict[Term, list[Term]] | None = None
         for node in graph.nodes:
             self._visit(node)
 
@@ -216,6 +225,16 @@ class TermGraph:
         if term is None:
             term = self._table[key] = Term(op, args, dtype, drift, len(self._table))
         return term
+
+    def users(self, term: Term) -> list[Term]:
+        """The terms that have ``term`` as an operand (of the graph as it came, not of what matching makes)."""
+        if self._users is None:
+            self._users = {}
+            for user in list(self._table.values()):
+                for arg in user.args:
+                    if isinstance(arg, Term):
+                        self._users.setdefault(arg, []).append(user)
+        return self._users.get(term, [])
 
     def input(self, node: fx.Node) -> Term:
         """A term that is not looked into."""

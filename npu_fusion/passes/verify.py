@@ -14,6 +14,7 @@ from torch import fx
 
 from npu_fusion import _compat
 from npu_fusion.config import Numerics
+from npu_fusion.passes.terms import Term
 
 if TYPE_CHECKING:
     from npu_fusion.passes.pattern import Region
@@ -34,8 +35,24 @@ def verify(
     level: Numerics,
 ) -> None:
     """Raise :class:`FusionVerificationError` unless every pair of ``replaced`` (old, new) agrees."""
+    with _compat.real_tensors():
+        _verify(fusion, region, replaced, emitter, level)
+
+
+def _verify(
+    fusion: str,
+    region: Region,
+    replaced: Sequence[tuple[fx.Node, fx.Node]],
+    emitter: Emitter,
+    level: Numerics,
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    given = {node: _random_like(node.meta["val"], generator) for node in region.inputs}
+    given: dict[fx.Node, Any] = {}
+    for node in region.inputs:
+        value = _random_like(node.meta["val"], generator)
+        held = emitter.rewriter.view.of.get(node)
+        # the replacement may read another node that holds the same value
+        given.update(dict.fromkeys(held.nodes if isinstance(held, Term) else [], value) | {node: value})
     source = _evaluate(sorted(region.nodes), given)
     fused = _evaluate(emitter.nodes, given)
     for old, new in replaced:
@@ -71,6 +88,8 @@ def _evaluate(nodes: Iterable[fx.Node], given: dict[fx.Node, Any]) -> dict[fx.No
                 # a constant made in the graph, such as full([], c)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lookup)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif isinstance(node.meta.get("val"), torch.Tensor):
+                raise FusionVerificationError(f"{node.name} is read but is no input of the match")
             else:
                 values[node] = _compat.hint(node.meta["val"])
         return values[node]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from npu_fusion.config import Numerics
 from npu_fusion.passes.checks import Sizes, Truth
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term, representable
+
+if TYPE_CHECKING:
+    from npu_fusion.passes.pattern import Context
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
@@ -90,6 +93,32 @@ def operands(term: Term) -> Iterator[tuple[Any, Any]]:
     yield a, b
     if a is not b:
         yield b, a
+
+
+def narrow(term: Term, dtype: torch.dtype | None) -> Term | None:
+    """The tensor of the 16-bit ``dtype`` that a float32 value was widened from."""
+    if term.op == "cast" and term.args[0].dtype == dtype and dtype in LOW_PRECISION:
+        return term.args[0]
+    return None
+
+
+def rounded(term: Term, context: Context) -> Term:
+    """The rounding to 16 bits of a float32 value, if that is all anyone reads of it; else the value itself."""
+    dead = context.rewriter.dead
+    readers = {context.view.of.get(u) for n in term.nodes for u in n.users if u not in dead}
+    readers.discard(term)  # copies
+    if len(readers) == 1:
+        reader = readers.pop()
+        if isinstance(reader, Term) and reader.op == "cast" and reader.dtype in LOW_PRECISION:
+            return reader
+    return term
+
+
+def buildable(term: Term) -> bool:
+    """Does a node hold the value, or can one be made by casts and views alone (:meth:`Emitter.term`)?"""
+    while not term.nodes and term.op in ("cast", "view"):
+        term = term.args[0]
+    return bool(term.nodes)
 
 
 def base_of(term: Term) -> Term:

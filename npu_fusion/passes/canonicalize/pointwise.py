@@ -49,7 +49,7 @@ _UNARY = {
 }
 
 pointwise(
-    "add", "sub", "mul", "div", "maximum", "minimum", "clamp", "where", "eq", "pow", *_UNARY
+    "add", "sub", "mul", "div", "maximum", "minimum", "clamp", "where", "eq", "ne", "pow", *_UNARY
 )  # fmt: skip
 
 
@@ -170,6 +170,13 @@ def _absolute_maximum(view: TermGraph, a: Term, b: Term) -> Term | None:
             smallest, largest = low.args[0], high.args[0] if low.op == "abs" and high.op == "abs" else high
             if low.op == "abs" and high.op != "abs":
                 continue
+            if smallest.op == largest.op == "view" and smallest.args[1] == largest.args[1]:
+                kept = _absolute_maximum(
+                    view,
+                    view.make("neg", (smallest.args[0],), smallest.dtype),
+                    largest.args[0],
+                )
+                return None if kept is None else view.make("view", (kept, smallest.args[1]), kept.dtype)
             if smallest.op == "clamp" and smallest.args[1:] == (None, 0):
                 smallest = smallest.args[0]
             if largest.op == "clamp" and largest.args[1:] == (0, None):
@@ -271,10 +278,20 @@ def _eq(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     return view.make("eq", (x, y.args[0] if isinstance(y, Term) and y.op == "const" else y), torch.bool)
 
 
+@rule(aten.ne.Scalar, aten.ne.Tensor)
+def _ne(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
+    x, y = args
+    if not isinstance(x, Term):
+        return NotImplemented
+    return view.make("ne", (x, y.args[0] if isinstance(y, Term) and y.op == "const" else y), torch.bool)
+
+
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def _where(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     result = node.meta["val"].dtype
     condition, a, b = args
     if not isinstance(condition, Term):
         return NotImplemented
+    if condition.op == "ne":
+        condition, a, b = view.make("eq", condition.args, torch.bool), b, a
     return view.make("where", (condition, _operand(view, a, result), _operand(view, b, result)), result)

@@ -167,7 +167,8 @@ def _selected(view: TermGraph, x: Term, dim: int, index: int) -> Term:
     shape = x.shape
     if x.op == "view" and dim == len(shape) - 2 and shape[dim] == 2:
         base = x.args[0]
-        if len(base.shape) == len(shape) - 1 and base.shape[-1] == 2 * shape[-1]:
+        if _equal(base.shape[-1], 2 * shape[-1]):
+            base = reshaped(view, base, (*shape[:dim], base.shape[-1]))
             return view.make("half", (base, index), x.dtype)
     kept = shape[:dim] + shape[dim + 1 :]
     return reshaped(view, view.make("slice", (x, dim, index, 1, 1), x.dtype), kept)

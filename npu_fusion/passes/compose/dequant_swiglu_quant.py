@@ -36,14 +36,18 @@ from torch import fx
 from npu_fusion.config import Numerics
 from npu_fusion.passes.checks import Sizes, Truth
 from npu_fusion.passes.lift.dynamic_quant import OPERATOR, Quantized, channel, quantization
+from npu_fusion.passes.lift.quantize import along_last, given_scale, scale_and_offset
 from npu_fusion.passes.lift.swiglu import Gated, even, gated
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import Size, Term
+from npu_fusion.passes.terms import LOW_PRECISION, Size, Term, sizes_of
 from npu_fusion.passes.walk import Walk, dtype_name, operands
 from npu_fusion.targets import TARGETS
 
 aten = torch.ops.aten
+
+_EXACT_ORDERS = (["channel", "token"], ["channel"], ["number", "token"], ["number"])
+"""The operator's own orders of scales. One number stands for the channels' scales."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
                 break
     if not found.per_channel and not found.numbers:
         return Refused("the int32 product has no weight scale", "", (x,))
-    if found.order not in (["channel", "token"], ["channel"]):
+    if found.order not in _EXACT_ORDERS:
         walk.note(Numerics.ACCURATE, "the scales are multiplied in another order: last bit of float32")
     return found
 
@@ -100,13 +104,14 @@ def _available(product: Term) -> bool:
 def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Refused | None:
     """Collect the factors of a product tree, inner ones first."""
     term = walk.value(term)
-    if term.op == "cast" and term.args[0].dtype == torch.int32:
+    product = _converted(term, walk)
+    if product is not None:
         if found.product is not None:
             return Refused("two int32 tensors are multiplied with each other", "", (term,))
-        found.product = walk.rows(term.args[0])
+        found.product = product
         return None
     if term.op != "mul":
-        if term.op in ("mm", "bmm", "input", "add"):
+        if term.op in ("mm", "bmm", "input"):
             return Refused(
                 "there is no int32 product: the matmul is done in floating point", f"{term.op} gives the value", (term,)
             )
@@ -139,6 +144,17 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
         f"{list(_unexpanded(a).shape)} times {list(_unexpanded(b).shape)}",
         (term,),
     )
+
+
+def _converted(term: Term, walk: Walk) -> Term | None:
+    """The int32 tensor that a float32 value is converted from, maybe by way of a 16-bit one."""
+    if term.op != "cast":
+        return None
+    inner = walk.rows(term.args[0])
+    if inner.op == "cast" and inner.dtype in LOW_PRECISION and inner.args[0].dtype == torch.int32:
+        walk.note(Numerics.ACCURATE, f"the int32 product is not rounded to {dtype_name(inner.dtype)}")
+        inner = walk.rows(inner.args[0])
+    return inner if inner.dtype == torch.int32 else None
 
 
 def _unexpanded(term: Term) -> Term:
@@ -193,16 +209,20 @@ class DequantSwiGLUQuant(Fusion):
         found = dequantized(glu.x, walk, context)
         if isinstance(found, Refused):
             return found
-        if smooth is not None and not quantized.dynamic:
-            return Refused("static quantization has no smooth scales", "", (term,))
+        if not quantized.dynamic:
+            refused = along_last(quantized, context)
+            if refused is not None:
+                return refused
+            if smooth is not None:
+                return Refused("static quantization has no smooth scales", "", (term,))
+            if quantized.static_inverse:
+                walk.note(Numerics.ACCURATE, "x * factor is computed as x / (1 / factor)")
         limits = _hardware(found, context)
         return limits if limits is not None else _replacement(term, found, glu, quantized, smooth, walk, context)
 
 
 def _quantized(term: Term, context: Context) -> Quantized | Refused | None:
     if term.op == "npu.npu_quantize.default":
-        from npu_fusion.passes.lift.quantize import given_scale
-
         return given_scale(term, context)
     return quantization(term, context)
 
@@ -268,9 +288,9 @@ def _replacement(
         if found.per_token:
             arguments["activation_scale"] = _token_scale(e, found.per_token)
         if bias is not None:
-            arguments["bias"] = e.term(bias)
+            arguments["bias"] = e.view(e.term(_raw(bias)), (product.shape[-1],))
         if smooth is not None:
-            arguments["quant_scale"] = e.term(smooth, torch.float32)
+            arguments["quant_scale"] = e.view(e.term(smooth, torch.float32), (smooth.shape[-1],))
         if not quantized.dynamic:
             arguments |= _static_scale(e, quantized)
         call = e.call(
@@ -308,24 +328,21 @@ def _int32_product(e: Emitter, product: Term, found: Dequantized) -> fx.Node:
 
 
 def _raw(term: Term) -> Term:
-    """The tensor that a widened value was widened from."""
+    """The tensor that a widened value was widened from, where nothing holds the widened one."""
     return term.args[0] if term.op == "cast" and not term.nodes else term
 
 
 def _weight_scale(e: Emitter, found: Dequantized, size: Size) -> fx.Node:
     """One float32 factor per channel out of all factors that are not per token."""
     parts = [e.view(e.term(t, torch.float32), (size,)) for t in found.per_channel]
-    for number in found.numbers:
-        node = number
-        if isinstance(number, Term):
-            node = e.view(e.term(number, torch.float32), (1,))
-        parts.append(node)
+    parts += [e.view(e.term(n, torch.float32), (1,)) for n in found.numbers if isinstance(n, Term)]
+    literals = [float(n) for n in found.numbers if not isinstance(n, Term)]
+    if not parts:
+        parts.append(e.call(aten.full.default, e.sizes((size,)), literals.pop(0), dtype=torch.float32))
     total = parts[0]
-    for part in parts[1:]:
+    for part in (*parts[1:], *literals):
         total = e.call(aten.mul.Tensor, total, part)
-    if not found.per_channel:
-        if not isinstance(total, fx.Node):
-            return e.call(aten.full.default, e.sizes((size,)), float(total), dtype=torch.float32)
+    if sizes_of(total.meta["val"].shape) == (1,) and size != 1:
         total = e.call(aten.expand.default, total, e.sizes((size,)))
     return total
 
@@ -340,28 +357,12 @@ def _token_scale(e: Emitter, factors: list[Term]) -> fx.Node:
 
 def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:
     """quant_scale divides; a factor is inverted once per call, on the small tensor."""
-    scale = _vector_or_number(e, quantized.static_scale)
+    scale, offset = scale_and_offset(e, quantized)
     if quantized.static_inverse:
         scale = e.call(aten.reciprocal.default, scale)
-    if quantized.offset is None:
+    if offset is None:
         offset = e.call(aten.zeros_like.default, scale)
-    else:
-        offset = _vector_or_number(e, quantized.offset)
-        have, want = offset.meta["val"].shape, scale.meta["val"].shape
-        if have != want:
-            both = torch.broadcast_shapes(have, want)
-            scale, offset = (
-                n if n.meta["val"].shape == both else e.call(aten.expand.default, n, list(both))
-                for n in (scale, offset)
-            )
     return {"quant_scale": scale, "quant_offset": offset}
-
-
-def _vector_or_number(e: Emitter, value: Any) -> fx.Node:
-    if isinstance(value, Term):
-        term = _unexpanded(value)
-        return e.call(aten.reshape.default, e.term(term, torch.float32), [-1])
-    return e.call(aten.full.default, [1], float(value), dtype=torch.float32)
 
 
 def _swiglu_inside(term: Term, context: Context) -> bool:

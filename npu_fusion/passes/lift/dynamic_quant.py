@@ -20,7 +20,7 @@ Source: torch_npu documentation of npu_dynamic_quant (scale = amax / 127, a zero
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,10 +31,11 @@ from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term, TermGraph
-from npu_fusion.passes.walk import Walk, dtype_name, operands
+from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands
 
 OPERATOR = "npu.npu_dynamic_quant.default"
 _OTHER_ROUNDINGS = ("floor", "ceil", "trunc")
+_FLOATS = (torch.float32, *LOW_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,13 @@ class _Chain:
     high: Any = None
     rounded: bool = False
     offset: Any = None
-    scales: list[Term] = field(default_factory=list)
 
 
 def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     if term.op != "cast" or term.dtype not in (torch.int8, torch.uint8):
         return None
     chain = _Chain(Walk(context.sizes))
-    inner = _strip(term.args[0], chain)
+    inner = _strip(term, chain)
     if isinstance(inner, Refused) or inner is None:
         return inner
     if term.dtype == torch.uint8:
@@ -120,26 +120,27 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     if found is None:
         return None
     x, divisor, multiplied = found
-    dynamic = _dynamic_scale(x, divisor, multiplied, chain, context)
-    if isinstance(dynamic, Refused):
-        return dynamic
-    if dynamic is not None:
+    if x.dtype != torch.float32:
+        return Refused("the values are not float32 or 16-bit floats", dtype_name(x.dtype), (term,))
+    maximum = _row_maximum(x, divisor, multiplied, walk, context)
+    if isinstance(maximum, Refused):
+        return maximum
+    bounds = (chain.low, chain.high)
+    range_refused = Refused("the clamp is not to the range of int8", f"[{chain.low}, {chain.high}]", (term,))
+    if maximum is not None:
         if chain.offset is not None:
             return Refused("the quantization is asymmetric: a zero point is added", "", (term,))
-        if (chain.low, chain.high) not in ((None, None), (-128, 127), (-127, 127)):
-            return Refused(
-                "the clamp is not to the range of int8", f"[{chain.low}, {chain.high}]", (term,)
-            )
-        scales = _scale_outputs(dynamic, context)
-        if isinstance(scales, Refused):
-            return scales
-        return Quantized(walk.value(x), term, scales, drift=tuple(walk.drift))
-    if (chain.low, chain.high) != (-128, 127):
-        return Refused(
-            "the clamp is not to the range of int8", f"[{chain.low}, {chain.high}]", (term,)
+        if bounds not in ((None, None), (-128, 127), (-127, 127)):
+            return range_refused
+        return Quantized(
+            maximum.x, term, _scales(maximum.maximum, walk, context.view), drift=tuple(walk.drift)
         )
+    if isinstance(divisor, _Maximum):
+        return None  # a quotient times 127, but of no maximum
+    if bounds != (-128, 127):
+        return range_refused
     return Quantized(
-        walk.value(x),
+        walk.rows(x),
         term,
         static_scale=divisor,
         static_inverse=multiplied,
@@ -148,52 +149,72 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     )
 
 
-def _strip(term: Any, chain: _Chain) -> Term | Refused | None:
+def _strip(term: Term, chain: _Chain) -> Term | Refused | None:
     """Through clamp, round and an added zero point down to the division."""
     walk = chain.walk
+    cast, inner = term, walk.unwrapped(term.args[0])
+    clamped = False
     while True:
-        term = walk.value(term)
-        if not isinstance(term, Term):
-            return None
-        if term.op == "clamp":
-            _, low, high = term.args
-            chain.low = low if chain.low is None else chain.low
-            chain.high = high if chain.high is None else chain.high
-        elif term.op == "round" and not chain.rounded and len(term.args) == 1:
+        if inner.op == "clamp":
+            if chain.offset is not None:
+                return Refused("the values are clamped before the zero point is added", "", (cast,))
+            _, low, high = inner.args
+            if any(isinstance(bound, Term) for bound in (low, high)):
+                return Refused("the clamp is not to the range of int8", "its bounds are tensors", (cast,))
+            chain.low = _tighter(max, chain.low, low)
+            chain.high = _tighter(min, chain.high, high)
+            clamped = True
+        elif inner.op == "round" and not chain.rounded and len(inner.args) == 1:
+            if chain.offset is not None:
+                return Refused("the zero point is added after rounding, the operator adds it before", "", (cast,))
             chain.rounded = True
-        elif term.op in _OTHER_ROUNDINGS:
-            return Refused(f"rounds by {term.op}, the operator to the nearest, half to even", "", (term,))
-        elif term.op == "add" and chain.offset is None and (chain.low is not None or chain.rounded):
-            base, offset = term.args
-            if isinstance(offset, Term) and offset.op in ("div", "mul", "round"):
-                base, offset = offset, base
-            chain.offset = offset
-            if not chain.rounded:
-                if offset == 0.5:
-                    return Refused("rounds half up, the operator half to even", "", (term,))
-            else:
-                return Refused("the offset is added before rounding in another order", "", (term,))
-            term = base
+        elif inner.op in _OTHER_ROUNDINGS:
+            return Refused(f"rounds by {inner.op}, the operator to the nearest, half to even", "", (cast,))
+        elif inner.op == "add" and chain.offset is None and (clamped or chain.rounded):
+            base, chain.offset = inner.args
+            if isinstance(chain.offset, Term) and walk.value(chain.offset).op in ("div", "mul", "round"):
+                base, chain.offset = _quotient_first(base, chain.offset, walk)
+            inner = walk.value(base)
             continue
         else:
             break
-        term = term.args[0]
+        inner = walk.value(inner.args[0])
     if not chain.rounded:
-        if chain.low is None:
+        if not clamped:
             return None
-        return Refused("nothing is rounded before the cast to int8, which truncates", "", (term,))
-    return term
+        return Refused("nothing is rounded before the cast to int8, which truncates", "", (cast,))
+    return inner
+
+
+def _tighter(choose: Any, outer: Any, inner: Any) -> Any:
+    """The narrower of two bounds, None being open."""
+    if outer is None or inner is None:
+        return inner if outer is None else outer
+    return choose(outer, inner)
+
+
+def _quotient_first(a: Term, b: Term, walk: Walk) -> tuple[Term, Term]:
+    """Of a sum's operands, the scaled values (the one of full shape) and the zero point."""
+    first, second = _unexpanded(a).shape, _unexpanded(b).shape
+    if len(first) != len(second):
+        return (a, b) if len(first) > len(second) else (b, a)
+    return (b, a) if all(s == 1 for s in first[:-1]) else (a, b)
 
 
 def _division(term: Term, walk: Walk) -> tuple[Term, Any, bool] | None:
     """(x, scale, False) for ``x / scale``; (x, factor, True) for ``x * factor``."""
     if term.op == "div" and isinstance(term.args[0], Term):
-        return term.args[0], term.args[1], False
+        x, divisor = term.args
+        inner = walk.value(x) if isinstance(divisor, Term) else x
+        if inner.op == "mul" and inner.args[1] == 127:
+            walk.note(Numerics.ACCURATE, "x * 127 / amax is computed as x / (amax / 127)")
+            return inner.args[0], _Maximum(divisor), False
+        return x, divisor, False
     if term.op != "mul":
         return None
     if not isinstance(term.args[1], Term):
         inner = walk.value(term.args[0])
-        if term.args[1] == 127 and inner.op == "div":  # x / amax * 127
+        if term.args[1] == 127 and inner.op == "div":
             walk.note(Numerics.ACCURATE, "x / amax * 127 is computed as x / (amax / 127)")
             return inner.args[0], _Maximum(inner.args[1]), False
         return term.args[0], term.args[1], True
@@ -220,7 +241,7 @@ def _division(term: Term, walk: Walk) -> tuple[Term, Any, bool] | None:
 class _Maximum:
     """Stands where a scale is expected and the row maximum itself is meant."""
 
-    term: Term
+    term: Any
 
 
 def _unexpanded(term: Term) -> Term:
@@ -229,50 +250,35 @@ def _unexpanded(term: Term) -> Term:
     return term
 
 
-@dataclass
-class _Dynamic:
-    scales: list[Term]
+@dataclass(frozen=True)
+class _RowMaximum:
+    x: Term
+    """What is quantized and what the maximum is of."""
+    maximum: Term
 
 
-def _dynamic_scale(
-    x: Term, divisor: Any, multiplied: bool, chain: _Chain, context: Context
-) -> _Dynamic | Refused | None:
+def _row_maximum(
+    x: Term, divisor: Any, multiplied: bool, outer: Walk, context: Context
+) -> _RowMaximum | Refused | None:
     """Follow the divisor to ``amax(abs(x)) / 127``. None: it does not come from a maximum (static)."""
     walk = Walk(context.sizes)
-    direct = isinstance(divisor, _Maximum)
-    term = divisor.term if isinstance(divisor, _Maximum) else divisor
+    denominator: float | None = None
+    term = divisor
+    if isinstance(divisor, _Maximum):
+        denominator, term = 127.0, divisor.term
     if not isinstance(term, Term):
         return None
     operand = _unexpanded(term)
-    scales: list[Term] = []
-    denominator: float | None = 127.0 if direct else None
     while True:
-        if denominator is None:
-            scales.append(term)
-        term = _unexpanded(term)
-        guarded = _without_guard(term, walk)
-        if guarded is not None:
-            term = guarded
-            continue
-        if term.op == "view":
-            term = term.args[0]
-            continue
-        if term.op == "cast" and term.args[0].dtype in (torch.float32, *LOW_PRECISION):
-            inner = term.args[0]
-            if term.dtype in LOW_PRECISION:
-                walk.note(Numerics.ACCURATE, f"the scale is not rounded to {dtype_name(term.dtype)}")
-            term = inner
-            continue
-        if denominator is None and term.op in ("div", "mul") and isinstance(term.args[1], (int, float)):
-            denominator = _denominator(term, walk)
-            term = term.args[0]
-            continue
-        break
+        inner, number = _scale_step(term, walk)
+        if inner is None or (number is not None and denominator is not None):
+            break
+        term = inner
+        denominator = number if number is not None else denominator
     if term.op in ("amax", "amin", "sub", "neg", "maximum") and denominator is not None:
         return Refused("the quantization is asymmetric: the scale does not come from amax(abs(x))", "", (term,))
-    if term.op == "add" and denominator is None and isinstance(term.args[1], float):
-        if 0 < term.args[1] < 1e-3:
-            return Refused("eps is added to the scale, which changes every value", f"{term.args[1]}", (term,))
+    if term.op == "add" and isinstance(term.args[1], float) and _comes_from_maximum(term.args[0], walk):
+        return Refused("eps is added to the scale, which changes every value", f"{term.args[1]:g}", (term,))
     if term.op != "absmax":
         return None
     source, dims = term.args
@@ -285,14 +291,42 @@ def _dynamic_scale(
     if dims != (rank - 1,):
         where = "the whole tensor" if len(dims) == rank else f"dimension {', '.join(map(str, dims))}"
         return Refused("the scale is not per token: the maximum is not over the last dimension", where, (term,))
-    if walk.value(source) is not chain.walk.value(x):
-        return Refused("the scale comes from another tensor than the one quantized", "", (term,))
+    same = walk.rows(x)
+    if walk.rows(source) is not same:
+        same = outer.value(x)
+        if walk.value(source) is not same:
+            return Refused("the scale comes from another tensor than the one quantized", "", (term,))
     aligned = (*x.shape[:-1], 1)
     if not context.sizes.same_shape(operand.shape, aligned):
         shown = f"{list(operand.shape)} for {list(x.shape)}"
         return Refused("the scale is not applied per token", shown, (term,))
-    chain.walk.drift.extend(walk.drift)
-    return _Dynamic(scales)
+    outer.drift.extend(walk.drift)
+    return _RowMaximum(same, term)
+
+
+def _comes_from_maximum(term: Term | None, walk: Walk) -> bool:
+    while term is not None:
+        if term.op == "absmax":
+            return True
+        term = _scale_step(term, walk)[0]
+    return False
+
+
+def _scale_step(term: Term, walk: Walk) -> tuple[Term | None, float | None]:
+    """One step from a scale towards the maximum: (what is behind a guard, view or cast, None), or (what is
+    divided by a number, that number); (None, None) where there is no such step."""
+    if term.op in ("view", "expand"):
+        return term.args[0], None
+    if term.op == "cast" and term.dtype in _FLOATS and term.args[0].dtype in _FLOATS:
+        if term.dtype in LOW_PRECISION:
+            walk.note(Numerics.ACCURATE, f"the scale is not rounded to {dtype_name(term.dtype)}")
+        return term.args[0], None
+    guarded = _without_guard(term, walk)
+    if guarded is not None:
+        return guarded, None
+    if term.op in ("div", "mul") and isinstance(term.args[1], (int, float)) and isinstance(term.args[0], Term):
+        return term.args[0], _denominator(term, walk)
+    return None, None
 
 
 def _denominator(term: Term, walk: Walk) -> float:
@@ -330,35 +364,31 @@ def _same_zero(tested: Term, value: Term) -> bool:
     return False
 
 
-def _scale_outputs(dynamic: _Dynamic, context: Context) -> tuple[Term, ...] | Refused:
-    """The float32 terms that a fused scale may stand for.
+def _scales(maximum: Term, walk: Walk, view: TermGraph) -> tuple[Term, ...]:
+    """The float32 values that are ``maximum`` over 127, guarded or not, used for the quantization or beside it.
 
     A scale that was rounded to 16 bits cannot be replaced by a rounded fused scale: the values would have been
     divided by the one and be multiplied by the other. It can be replaced where it is widened again.
     """
-    outputs: list[Term] = []
-    for term in dynamic.scales:
-        if term.dtype == torch.float32:
-            outputs.append(term)
-        else:
-            outputs.extend(_widened(term, context.view))
-    return tuple(dict.fromkeys(t for t in outputs if t.nodes))
-
-
-def _widened(term: Term, view: TermGraph) -> list[Term]:
-    """The float32 terms made of a 16-bit one by a cast, through views."""
-    found: list[Term] = []
-    pending = list(term.nodes)
+    found: dict[Term, None] = {}
+    seen: set[tuple[Term, bool]] = set()
+    pending = [(maximum, False)]
     while pending:
-        for user in pending.pop().users:
-            held = view.of.get(user)
-            if not isinstance(held, Term):
+        term, divided = pending.pop()
+        for user in view.users(term):
+            step = Walk(walk.sizes)
+            inner, number = _scale_step(user, step)
+            if inner is not term or (number is not None and (divided or number != 127.0)):
                 continue
-            if held.dtype == torch.float32 and held.op == "cast":
-                found.append(held)
-            elif held.op in ("view", "expand"):
-                pending.append(user)
-    return found
+            state = (user, divided or number is not None)
+            if state in seen:
+                continue
+            seen.add(state)
+            walk.drift.extend(step.drift)
+            pending.append(state)
+            if state[1] and user.dtype == torch.float32 and user.nodes and user.op not in ("view", "expand"):
+                found[user] = None
+    return tuple(found)
 
 
 def channel(term: Any, size: Any, context: Context) -> Term | None:
@@ -388,6 +418,8 @@ class DynamicQuant(Fusion):
         if not found.dynamic:
             return None
         x, smooth = _smoothed(found.x, context)
+        if not buildable(x):
+            return Refused("no node holds the value that is quantized", "", (term,))
         if context.config.target is not None and x.dtype not in LOW_PRECISION:
             return Refused("npu_dynamic_quant takes float16 and bfloat16", dtype_name(x.dtype), (term,))
 

@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from npu_fusion.passes.checks import product
 from npu_fusion.passes.lift.dynamic_quant import Quantized, channel, quantization
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term
-from npu_fusion.passes.walk import dtype_name
+from npu_fusion.passes.walk import buildable, dtype_name
 
 OPERATOR = "npu.npu_quantize.default"
 _INT8 = (1, 12, torch.int8, torch.qint8)
@@ -38,7 +39,8 @@ def given_scale(term: Term, context: Context) -> Quantized | Refused | None:
     x, scales, zero_points, dtype, axis, div_mode = term.args
     if dtype not in _INT8:
         return Refused("the quantized type is not int8", f"dtype={dtype}", (term,))
-    if axis not in (-1, len(x.shape) - 1) and not _single(scales):
+    last = axis in (-1, len(x.shape) - 1) if div_mode else axis != -2
+    if not last and not _single(scales):
         return Refused("the scale is not along the last dimension", f"axis={axis}", (term,))
     value = context.view.cast(x, torch.float32)
     return Quantized(
@@ -50,11 +52,13 @@ def _single(scales: Any) -> bool:
     return isinstance(scales, Term) and all(s == 1 for s in scales.shape)
 
 
-def scale_along_last(scale: Any, size: Any, context: Context) -> bool:
-    """One number, or one per entry of the last dimension."""
-    if not isinstance(scale, Term):
-        return True
-    return _single(scale) or channel(scale, size, context) is not None
+def along_last(found: Quantized, context: Context) -> Refused | None:
+    """Refuse a given scale or zero point that is not one number, or one per entry of the last dimension."""
+    last = found.x.shape[-1]
+    for which, value in (("scale", found.static_scale), ("zero point", found.offset)):
+        if isinstance(value, Term) and not _single(value) and channel(value, last, context) is None:
+            return Refused(f"the {which} is not along the last dimension", f"{list(value.shape)}", (found.y,))
+    return None
 
 
 class Quantize(Fusion):
@@ -68,33 +72,45 @@ class Quantize(Fusion):
         found = quantization(term, context)
         if not isinstance(found, Quantized) or found.dynamic:
             return None  # refusals of quantization are reported by dynamic_quant
-        scale, offset = found.static_scale, found.offset
-        last = found.x.shape[-1]
-        for which, value in (("scale", scale), ("zero point", offset)):
-            if not scale_along_last(value, last, context):
-                return Refused(f"the {which} is not along the last dimension", f"{list(value.shape)}", (term,))
+        refused = along_last(found, context)
+        if refused is not None:
+            return refused
         x = found.x
         if x.op == "cast" and x.args[0].dtype in LOW_PRECISION:
             x = x.args[0]
+        if not buildable(x):
+            return Refused("no node holds the value that is quantized", "", (term,))
         if context.config.target is not None and x.dtype not in (torch.float32, *LOW_PRECISION):
             return Refused("npu_quantize takes float16, bfloat16 and float32", dtype_name(x.dtype), (term,))
 
         def build(e: Emitter) -> list[fx.Node]:
-            scales = _vector(e, scale)
-            if not found.static_inverse:
-                scales = e.call(torch.ops.aten.reciprocal.default, scales)
-            zero_points = None if offset is None else _vector(e, offset)
-            return [
-                e.call(torch.ops.npu.npu_quantize.default, e.term(x), scales, zero_points, 1, -1, False)
-            ]
+            scales, zero_points = scale_and_offset(e, found)
+            divides = not found.static_inverse
+            return [e.call(torch.ops.npu.npu_quantize.default, e.term(x), scales, zero_points, 1, -1, divides)]
 
-        inputs = [t for t in (x, scale, offset) if isinstance(t, Term)]
+        inputs = [t for t in (x, found.static_scale, found.offset) if isinstance(t, Term)]
         return Match(inputs, [[found.y]], build, found.drift)
+
+
+def scale_and_offset(e: Emitter, found: Quantized) -> tuple[fx.Node, fx.Node | None]:
+    """The given scale and zero point as float32 vectors of one length, which is what the operators take."""
+    scale = _vector(e, found.static_scale)
+    if found.offset is None:
+        return scale, None
+    offset = _vector(e, found.offset)
+    single = [not isinstance(v, Term) or _single(v) for v in (found.static_scale, found.offset)]
+    if single[0] != single[1]:
+        whole = e.sizes((found.x.shape[-1],))
+        if single[0]:
+            scale = e.call(torch.ops.aten.expand.default, scale, whole)
+        else:
+            offset = e.call(torch.ops.aten.expand.default, offset, whole)
+    return scale, offset
 
 
 def _vector(e: Emitter, value: Any) -> fx.Node:
     if isinstance(value, Term):
         while value.op == "expand":
             value = value.args[0]
-        return e.call(torch.ops.aten.reshape.default, e.term(value, torch.float32), [-1])
+        return e.view(e.term(value, torch.float32), (product(value.shape),))
     return e.call(torch.ops.aten.full.default, [1], float(value), dtype=torch.float32)

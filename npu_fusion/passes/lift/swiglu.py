@@ -24,11 +24,10 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import Mod
 
-
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term
-from npu_fusion.passes.walk import Walk, dtype_name, operands
+from npu_fusion.passes.walk import Walk, dtype_name, narrow, operands
 
 _OTHER_ACTIVATIONS = ("gelu", "relu", "tanh", "hardswish", "mish", "sigmoid")
 
@@ -38,7 +37,7 @@ class Gated:
     """``act(half of x) * other half of x`` in float32."""
 
     x: Term
-    """The float32 value that is halved."""
+    """The float32 value that is halved, with the rounding that the source gave it last."""
     left: bool
     """Whether the first half is activated."""
     drift: tuple[Drift, ...]
@@ -78,7 +77,9 @@ def _halves(walk: Walk, gate: Term, up: Term, term: Term) -> Gated | Refused | N
     if limited:
         return Refused("gate or up is clamped, which swiglu_mode 0 does not do", "", (term, *limited))
     if gate.op == "half" and up.op == "half":
-        gate_base, up_base = walk.value(gate.args[0]), walk.value(up.args[0])
+        gate_base, up_base = walk.rows(gate.args[0]), walk.rows(up.args[0])
+        if gate_base is not up_base:
+            gate_base, up_base = walk.value(gate_base), walk.value(up_base)
         if gate_base is up_base:
             if gate.args[1] == up.args[1]:
                 return Refused("gate and up are the same half", "", (term,))
@@ -153,14 +154,14 @@ class SwiGLU(Fusion):
             return Refused("npu_swiglu activates the first half, the model the second", "", (outer,))
         x, drift = found.x, list(found.drift)
         if outer.dtype in LOW_PRECISION:
-            narrow = _narrow(x, outer.dtype)
-            if narrow is None:
+            short = narrow(x, outer.dtype)
+            if short is None:
                 return Refused(
                     "the operator returns the dtype of its input",
                     f"{dtype_name(x.dtype)} in, {dtype_name(outer.dtype)} out",
                     (outer,),
                 )
-            x = narrow
+            x = short
         if context.config.target is not None and x.dtype not in (torch.float32, *LOW_PRECISION):
             return Refused("npu_swiglu takes float16, bfloat16 and float32", dtype_name(x.dtype), (outer,))
 
@@ -168,12 +169,3 @@ class SwiGLU(Fusion):
             return [e.call(torch.ops.npu.npu_swiglu.default, e.term(x), -1)]
 
         return Match([x], [[outer]], build, drift, [even(context, x)])
-
-
-def _narrow(x: Term, dtype: torch.dtype | None) -> Term | None:
-    """The 16-bit tensor that a float32 value was widened from."""
-    if x.op == "cast" and x.args[0].dtype == dtype:
-        return x.args[0]
-    return None
-
-

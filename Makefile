@@ -1,0 +1,48 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+JOBS ?= 2
+
+.PHONY: help demo test test-all lint types bench clean
+help:
+	@echo "make demo      install into $(VENV) and run the main job on the CPU"
+	@echo "make test      install and run the tests (test-all: the slow ones too)"
+	@echo "make lint      ruff;  make types: mypy;  make bench: the tables of docs/performance.md"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is named in the same command as the package: a range alone would take the newest build.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing torch and the demo's packages into $(VENV) (once, a few minutes) ..."
+	$(PIP) -r constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing torch and the test tools into $(VENV) (once, a few minutes) ..."
+	$(PIP) -r constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/npu-fusion demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.passes
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis npu_fusion_dump *.egg-info
