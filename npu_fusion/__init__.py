@@ -17,6 +17,7 @@ from npu_fusion.config import FusionConfig  # noqa: E402
 from npu_fusion.explain import explain  # noqa: E402
 from npu_fusion.passes.pipeline import FusionError, FusionExpectationError  # noqa: E402
 from npu_fusion.passes.verify import FusionVerificationError  # noqa: E402
+from npu_fusion.prepare import prepare  # noqa: E402
 from npu_fusion.report import FusionReport, Refusal  # noqa: E402
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "__version__",
     "explain",
     "get_npu_backend",
+    "prepare",
     "reports",
 ]

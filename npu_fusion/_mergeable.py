@@ -115,8 +115,10 @@ def replace(owner: nn.Module, names: Names, joined: nn.Module) -> None:
         elif name != names.declared[1]:
             owner._modules[name] = child
     # Partial objects, because these can be copied and pickled with the module, and closures cannot.
-    saving = owner.register_state_dict_post_hook(partial(_split_keys, names))
-    owner._state_dict_hooks.move_to_end(saving.id, last=False)  # the owner's own hooks know the old keys
+    owner.register_state_dict_post_hook(partial(_split_keys, names))
+    hooks = owner._state_dict_hooks
+    for other in list(hooks)[:-1]:  # these know the old keys: ours goes first
+        hooks[other] = hooks.pop(other)
     owner.register_load_state_dict_pre_hook(partial(_join_keys, names))
 
 
@@ -192,10 +194,9 @@ def _join_keys(
 
 
 def _unlike(prefix: str, halves: Sequence[str], name: str, parts: Sequence[Tensor]) -> str:
-    what = " and ".join(
-        f"{prefix}{half}.{name} ({part.dtype}, {part.device})"
-        for half, part in zip(halves, parts, strict=True)
-    )
+    (first, second), (one, other) = halves, parts
     return (
-        f"cannot assign {what}: npu_fusion.prepare made them one tensor; accepted: the same dtype and device."
+        f"cannot assign {prefix}{first}.{name} ({one.dtype}, {one.device}) "
+        f"and {prefix}{second}.{name} ({other.dtype}, {other.device}): "
+        f"npu_fusion.prepare made them one tensor; accepted: the same dtype and device."
     )

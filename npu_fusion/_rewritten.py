@@ -106,14 +106,20 @@ def _trace(module: nn.Module, code: CodeType) -> Traced | str:
 
 
 class RewrittenForward:
-    """Calls a graph's code with ``module`` as self. Copied and pickled together with the module."""
+    """A graph's code as the forward of one module, with which it is copied and pickled."""
 
     def __init__(self, module: nn.Module, traced: Traced) -> None:
         self._module = module
         self._recipe = _recipe(traced)
         self._function = _compile(self._recipe)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def install(self) -> None:
+        # A method, because torch.compile guards on what it does; on the identity of other callable objects,
+        # so that it would compile each layer of a model anew where layers are compiled one by one. A method
+        # of the module itself could not be pickled.
+        vars(self._module)["forward"] = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._module, *args, **kwargs)
 
     def __getstate__(self) -> tuple[nn.Module, _Recipe]:
@@ -125,6 +131,10 @@ class RewrittenForward:
 
     def __repr__(self) -> str:
         return f"<rewritten forward of {type(self._module).__name__}:{self._recipe.source}>"
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    return isinstance(getattr(vars(module).get("forward"), "__self__", None), RewrittenForward)
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,7 @@ def _recipe(traced: Traced) -> _Recipe:
     )
 
 
-# One function for all layers with the same code: torch.compile guards on it, and would compile every layer
-# of a model anew where layers are compiled one by one.
+# One function for all layers with the same code: torch.compile guards on its identity.
 @functools.cache
 def _compile(recipe: _Recipe) -> FunctionType:
     """A function whose lines are those of the forward it came from: tracebacks and reports show the model."""

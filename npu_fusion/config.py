@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from npu_fusion._version import __version__
+from npu_fusion._version import fingerprint
 
 TARGETS = ("ascend910b", "ascend910_93", "ascend950")
 ENV_PREFIX = "NPU_FUSION_"
@@ -111,11 +111,11 @@ class FusionConfig:
         return dataclasses.replace(self, **changes)
 
     def cache_key(self) -> str:
-        """Stable over processes: hash of the package version and everything that changes a compiled graph."""
+        """Stable over processes: hash of the package's version and code and of what changes a compiled graph."""
         content = dataclasses.asdict(self)
         for only_shows in ("dump_dir", "expect"):
             content.pop(only_shows)
-        text = json.dumps([__version__, content], sort_keys=True)
+        text = json.dumps([fingerprint(), content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from npu_fusion import _mergeable
 from npu_fusion._mergeable import Names, mergeable
-from npu_fusion._rewritten import RewrittenForward, Traced, trace
+from npu_fusion._rewritten import RewrittenForward, Traced, is_rewritten, trace
 from npu_fusion.config import FusionConfig
 
 __all__ = ["Merged", "Prepared", "Skipped", "mergeable", "prepare"]
@@ -165,7 +165,7 @@ class _Plan:
             _mergeable.join(pair.joined, gate, up)
         for pair in self.pairs:
             _mergeable.replace(self.module, pair.names, pair.joined)
-        vars(self.module)["forward"] = self.forward
+        self.forward.install()
 
 
 def _plan(model: nn.Module, config: FusionConfig) -> tuple[list[_Plan], list[Skipped]]:
@@ -198,7 +198,7 @@ def _plan(model: nn.Module, config: FusionConfig) -> tuple[list[_Plan], list[Ski
 
 def _may_gate(module: nn.Module) -> bool:
     """Two children are linear layers of one shape, and a forward that could use them is not yet rewritten."""
-    if type(module).forward is nn.Module.forward or isinstance(vars(module).get("forward"), RewrittenForward):
+    if type(module).forward is nn.Module.forward or is_rewritten(module):
         return False
     shapes = Counter((c.in_features, c.out_features) for c in module.children() if _is_linear(c))
     return any(count > 1 for count in shapes.values())
@@ -327,9 +327,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    elements = 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
@@ -386,11 +384,8 @@ def _layer_obstacle(name: str, layer: nn.Module) -> str | None:
 def _use_obstacle(name: str, node: fx.Node, graph: fx.Graph) -> str | None:
     if "." in name:
         return f"{name} is no child of the module itself"
-    readers = [
-        n
-        for n in graph.nodes
-        if n.op in ("call_module", "get_attr") and f"{n.target}.".startswith(f"{name}.")
-    ]
+    reads = [n for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    readers = [n for n in reads if f"{n.target}.".startswith(f"{name}.")]
     if readers != [node]:
         return f"{name} is used more than once"
     if len(node.users) != 1:

@@ -20,10 +20,18 @@ class Target:
     float_bias: bool = False
     """Whether npu_dequant_swiglu_quant documents a floating bias."""
     swiglu_modes: tuple[int, ...] = (0, 1, 2)
+    rotary_max_width: int = 895
+    """Largest last dimension of npu_rotary_mul."""
+    rotary_max_broadcast: int = 999
+    """Largest dimension (batch or heads) over which npu_rotary_mul broadcasts the cosine."""
+    interleave_rope_width: int = 64
+    """The one last dimension that npu_interleave_rope takes."""
+    interleave_rope_any_layout: bool = False
+    """Whether npu_interleave_rope takes float32, and tensors that are not contiguous."""
 
 
 TARGETS = {
     "ascend910b": Target("ascend910b"),
     "ascend910_93": Target("ascend910_93"),
-    "ascend950": Target("ascend950", swiglu_modes=(0,)),
+    "ascend950": Target("ascend950", swiglu_modes=(0,), interleave_rope_any_layout=True),
 }

@@ -22,6 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -68,8 +69,16 @@ class Match:
     build: Callable[[Emitter], Sequence[fx.Node]]
     drift: Sequence[Drift] = ()
     constraints: Sequence[Constraint] = ()
+    otherwise: Match | None = None
+    """A smaller match to try where values inside this one are needed outside."""
     int32_product: tuple[Size, ...] | None = None
     """Shape of an int32 product that the replacement creates and the source did not have."""
+
+
+def _live(match: Match, context: Context) -> list[list[fx.Node]]:
+    """The nodes that each output of a match would replace."""
+    gone, made = context.rewriter.dead, context.rewriter.made
+    return [[n for t in terms for n in t.nodes if n not in gone and n not in made] for terms in match.outputs]
 
 
 @dataclass
@@ -122,14 +131,15 @@ class Fusion(ABC):
         if isinstance(found, Refused):
             self._refuse(term, found, context)
             return False
-        outputs = [
-            [n for t in terms for n in t.nodes if n not in context.rewriter.dead and n not in context.rewriter.made]
-            for terms in found.outputs
-        ]
-        replaced = [node for nodes in outputs for node in nodes]
+        outputs = _live(found, context)
         if not outputs[0]:
             return False
-        region = Region.between(found, replaced, context)
+        region = Region.between(found, [n for nodes in outputs for n in nodes], context)
+        if isinstance(region, Refused) and found.otherwise is not None:
+            found = found.otherwise
+            outputs = _live(found, context)
+            region = Region.between(found, [n for nodes in outputs for n in nodes], context)
+        replaced = [n for nodes in outputs for n in nodes]
         refusal = (
             _constraints(found, context)
             or _numerics(found, context)
@@ -388,14 +398,22 @@ def _memory(match: Match, context: Context) -> Refused | None:
     return None
 
 
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
 def source_of(node: fx.Node) -> str | None:
-    """``file:line`` of the innermost frame of the user's code that the node came from."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return None
-    for line in reversed(trace.splitlines()):
+    """``file:line`` of the innermost frame of the user's code that the node came from.
+
+    Frames of this package (a quantized linear, say) say nothing to the user and are passed over, unless there
+    is no other.
+    """
+    frames = []
+    for line in (node.meta.get("stack_trace") or "").splitlines():
         line = line.strip()
         if line.startswith('File "'):
             path, _, rest = line[len('File "') :].partition('", line ')
-            return f"{path}:{rest.split(',')[0].strip()}"
+            frames.append((path, rest.split(",")[0].strip()))
+    outside = [frame for frame in frames if not frame[0].startswith(_PACKAGE)]
+    for path, line in reversed(outside or frames):
+        return f"{path}:{line}"
     return None

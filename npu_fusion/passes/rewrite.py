@@ -213,6 +213,11 @@ class Emitter:
             return node
         return self.call(aten.reshape.default, node, self.sizes(shape))
 
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """One size of ``node`` as an argument."""
+        size = node.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+
     def sizes(self, shape: tuple[Size, ...]) -> list[Any]:
         """A shape as arguments: numbers, one -1, and nodes for the other symbolic sizes."""
         arguments: list[Any] = []

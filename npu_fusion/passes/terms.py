@@ -30,6 +30,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from npu_fusion.config import Numerics
 
@@ -329,7 +330,9 @@ class TermGraph:
             and value.device.type != "meta"
             and not value.requires_grad
         ):
-            return self.make("const", (value.item(), tuple(value.shape)), value.dtype)
+            with _disable_current_modes():  # a fake mode would refuse to read it
+                number = value.item()
+            return self.make("const", (number, tuple(value.shape)), value.dtype)
         return self.input(node)
 
 

@@ -66,6 +66,9 @@ def _operand(view: TermGraph, arg: Any, dtype: torch.dtype) -> Any:
     return arg
 
 
+_WIDE_INTEGERS = (torch.int16, torch.int32, torch.int64)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -116,8 +119,15 @@ def _result(view: TermGraph, node: fx.Node, name: str, a: Any, b: Any) -> Any:
         return NotImplemented
     result = value.dtype
     compute = _compute_dtype(result)
-    a, b = _operand(view, a, compute), _operand(view, b, compute)
+    a, b = (_operand(view, _promoted(view, arg, result), compute) for arg in (a, b))
     return view.cast(binary(view, name, a, b, compute), result)
+
+
+def _promoted(view: TermGraph, arg: Any, result: torch.dtype) -> Any:
+    """An integer operand of a 16-bit floating result is rounded to it before anything is computed."""
+    if isinstance(arg, Term) and arg.op != "const" and result in LOW_PRECISION and arg.dtype in _WIDE_INTEGERS:
+        return view.cast(arg, result)
+    return arg
 
 
 def binary(view: TermGraph, name: str, a: Any, b: Any, dtype: torch.dtype) -> Any:
@@ -166,24 +176,28 @@ def _silu_from_sigmoid(view: TermGraph, a: Term, b: Term) -> Term | None:
 def _absolute_maximum(view: TermGraph, a: Term, b: Term) -> Term | None:
     """``max(-min(x), max(x))``, also with both ends clamped to zero -> ``absmax(x)``."""
     for low, high in ((a, b), (b, a)):
-        if low.op in ("neg", "abs"):
-            smallest, largest = low.args[0], high.args[0] if low.op == "abs" and high.op == "abs" else high
-            if low.op == "abs" and high.op != "abs":
-                continue
-            if smallest.op == largest.op == "view" and smallest.args[1] == largest.args[1]:
-                kept = _absolute_maximum(
-                    view,
-                    view.make("neg", (smallest.args[0],), smallest.dtype),
-                    largest.args[0],
-                )
-                return None if kept is None else view.make("view", (kept, smallest.args[1]), kept.dtype)
-            if smallest.op == "clamp" and smallest.args[1:] == (None, 0):
-                smallest = smallest.args[0]
-            if largest.op == "clamp" and largest.args[1:] == (0, None):
-                largest = largest.args[0]
-            if smallest.op == "amin" and largest.op == "amax" and smallest.args == largest.args:
-                return view.make("absmax", smallest.args, smallest.dtype)
+        if low.op == "neg":
+            smallest, largest = low.args[0], high
+        elif low.op == high.op == "abs":
+            smallest, largest = low.args[0], high.args[0]
+        else:
+            continue
+        smallest, shape = _extremum(smallest, (None, 0))
+        largest, other = _extremum(largest, (0, None))
+        if (smallest.op, largest.op) == ("amin", "amax") and smallest.args == largest.args and shape == other:
+            found = view.make("absmax", smallest.args, smallest.dtype)
+            return found if shape is None else view.make("view", (found, shape), found.dtype)
     return None
+
+
+def _extremum(term: Term, bounds: tuple[Any, Any]) -> tuple[Term, Any]:
+    """What is behind a clamp to ``bounds`` and a view, and the shape it is viewed as."""
+    shape = None
+    while term.op == "view" or (term.op == "clamp" and term.args[1:] == bounds):
+        if term.op == "view" and shape is None:
+            shape = term.args[1]
+        term = term.args[0]
+    return term, shape
 
 
 def clamp(view: TermGraph, x: Term, low: Any, high: Any) -> Term:

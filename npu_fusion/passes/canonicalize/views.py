@@ -163,8 +163,13 @@ def _select(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 
 
 def _selected(view: TermGraph, x: Term, dim: int, index: int) -> Term:
-    """``x.select(dim, index)``: a half where x is ``view(y, [.., 2, H])`` and dim the 2."""
+    """``x.select(dim, index)``: a half where x is ``view(y, [.., 2, H])`` and dim the 2; every other entry of y
+    where x is ``view(y, [.., H, 2])``."""
     shape = x.shape
+    if x.op == "view" and dim == len(shape) - 1 and shape[dim] == 2:
+        base = x.args[0]
+        if len(base.shape) == dim and base.shape[-1] == 2 * shape[-2]:
+            return part(view, base, dim - 1, index, shape[-2], 2)
     if x.op == "view" and dim == len(shape) - 2 and shape[dim] == 2:
         base = x.args[0]
         if _equal(base.shape[-1], 2 * shape[-1]):

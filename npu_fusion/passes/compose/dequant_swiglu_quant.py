@@ -191,10 +191,8 @@ class DequantSwiGLUQuant(Fusion):
     stage = "compose"
 
     def match(self, term: Term, context: Context) -> Match | Refused | None:
-        if term.op == "round" or (term.op == "cast" and term.args[0].op == "round"):
+        if term.op == "round" or (term.op == "cast" and term.dtype not in (torch.int8, torch.uint8)):
             return _fake_quantized(term, context)
-        if term.op == "cast" and term.dtype not in (torch.int8, torch.uint8):
-            return None
         quantized = _quantized(term, context)
         if quantized is None:
             return None
@@ -282,9 +280,8 @@ def _replacement(
     rows = product.shape[:-1]
 
     def build(e: Emitter) -> list[fx.Node]:
-        weight_scale = _weight_scale(e, found, product.shape[-1])
         x = e.term(product) if not new_product else _int32_product(e, product, found)
-        arguments: dict[str, Any] = {"weight_scale": weight_scale}
+        arguments: dict[str, Any] = {"weight_scale": _weight_scale(e, found, x, product.shape[-1])}
         if found.per_token:
             arguments["activation_scale"] = _token_scale(e, found.per_token)
         if bias is not None:
@@ -332,18 +329,18 @@ def _raw(term: Term) -> Term:
     return term.args[0] if term.op == "cast" and not term.nodes else term
 
 
-def _weight_scale(e: Emitter, found: Dequantized, size: Size) -> fx.Node:
+def _weight_scale(e: Emitter, found: Dequantized, x: fx.Node, size: Size) -> fx.Node:
     """One float32 factor per channel out of all factors that are not per token."""
     parts = [e.view(e.term(t, torch.float32), (size,)) for t in found.per_channel]
     parts += [e.view(e.term(n, torch.float32), (1,)) for n in found.numbers if isinstance(n, Term)]
     literals = [float(n) for n in found.numbers if not isinstance(n, Term)]
     if not parts:
-        parts.append(e.call(aten.full.default, e.sizes((size,)), literals.pop(0), dtype=torch.float32))
+        parts.append(e.call(aten.full.default, [1], literals.pop(0), dtype=torch.float32))
     total = parts[0]
     for part in (*parts[1:], *literals):
         total = e.call(aten.mul.Tensor, total, part)
     if sizes_of(total.meta["val"].shape) == (1,) and size != 1:
-        total = e.call(aten.expand.default, total, e.sizes((size,)))
+        total = e.call(aten.expand.default, total, [e.size(x, len(x.meta["val"].shape) - 1)])
     return total
 
 
@@ -383,6 +380,8 @@ def _swiglu_inside(term: Term, context: Context) -> bool:
 def _fake_quantized(term: Term, context: Context) -> Refused | None:
     """Rounded to the int8 grid but multiplied back: the next matmul is a floating one."""
     rounded = term if term.op == "round" else term.args[0]
+    if rounded.op != "round":
+        return None
     users = {u for n in term.nodes for u in n.users}
     followers = [context.view.of.get(u) for u in users]
     back = [f for f in followers if isinstance(f, Term) and f.op in ("mul", "clamp", "sub")]

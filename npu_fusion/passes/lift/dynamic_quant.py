@@ -417,39 +417,55 @@ class DynamicQuant(Fusion):
             return found
         if not found.dynamic:
             return None
-        x, smooth = _smoothed(found.x, context)
-        if not buildable(x):
-            return Refused("no node holds the value that is quantized", "", (term,))
-        if context.config.target is not None and x.dtype not in LOW_PRECISION:
-            return Refused("npu_dynamic_quant takes float16 and bfloat16", dtype_name(x.dtype), (term,))
-
-        def build(e: Emitter) -> list[fx.Node]:
-            node = e.term(x)
-            scales = {} if smooth is None else {"smooth_scales": _vector(e, smooth, node.meta["val"].dtype)}
-            call = e.call(torch.ops.npu.npu_dynamic_quant.default, node, **scales)
-            return [e.item(call, 0), e.item(call, 1)]
-
-        return Match([x, smooth], [[found.y], found.scales], build, found.drift)
+        plain = _match(term, found, _narrowed(found.x), None, context)
+        smoothed = _smoothed(found.x, context)
+        if smoothed is None or isinstance(plain, Refused):
+            return plain if smoothed is None else _match(term, found, *smoothed, context)
+        match = _match(term, found, *smoothed, context)
+        if isinstance(match, Match):
+            match.otherwise = plain
+        return match
 
 
-def _smoothed(x: Term, context: Context) -> tuple[Term, Term | None]:
+def _match(
+    term: Term, found: Quantized, x: Term, smooth: Term | None, context: Context
+) -> Match | Refused:
+    if not buildable(x):
+        return Refused("no node holds the value that is quantized", "", (term,))
+    if context.config.target is not None and x.dtype not in LOW_PRECISION:
+        return Refused("npu_dynamic_quant takes float16 and bfloat16", dtype_name(x.dtype), (term,))
+
+    def build(e: Emitter) -> list[fx.Node]:
+        node = e.term(x)
+        scales = {} if smooth is None else {"smooth_scales": _vector(e, smooth, node.meta["val"].dtype)}
+        call = e.call(torch.ops.npu.npu_dynamic_quant.default, node, **scales)
+        return [e.item(call, 0), e.item(call, 1)]
+
+    return Match([x, smooth], [[found.y], found.scales], build, found.drift)
+
+
+def _narrowed(x: Term) -> Term:
+    """The 16-bit tensor that a float32 value was widened from, or the value."""
+    return x.args[0] if x.op == "cast" and x.args[0].dtype in LOW_PRECISION else x
+
+
+def _smoothed(x: Term, context: Context) -> tuple[Term, Term] | None:
     """``x`` as input and smooth_scales, both in the dtype that they have in the graph.
 
     The operator takes one dtype for both; a float32 factor on 16-bit values stays a product outside.
     """
-    if x.op == "cast" and x.args[0].dtype in LOW_PRECISION:
-        return x.args[0], None
-    if x.op == "mul" and isinstance(x.args[1], Term):
-        for value, factor in operands(x):
-            smooth = channel(factor, x.shape[-1], context)
-            if smooth is None or len(value.shape) < 2:
-                continue
-            narrow = [t.args[0] if t.op == "cast" else t for t in (value, smooth)]
-            if narrow[0].dtype == narrow[1].dtype and all(t.nodes for t in narrow):
-                return narrow[0], narrow[1]
-            if value.nodes and smooth.nodes:
-                return value, smooth
-    return x, None
+    if x.op != "mul" or not isinstance(x.args[1], Term):
+        return None
+    for value, factor in operands(x):
+        smooth = channel(factor, x.shape[-1], context)
+        if smooth is None or len(value.shape) < 2:
+            continue
+        narrow = (_narrowed(value), _narrowed(smooth))
+        if narrow[0].dtype == narrow[1].dtype and all(t.nodes for t in narrow):
+            return narrow
+        if value.nodes and smooth.nodes:
+            return value, smooth
+    return None
 
 
 def _vector(e: Emitter, term: Term, dtype: torch.dtype) -> fx.Node:

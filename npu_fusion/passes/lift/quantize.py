@@ -100,11 +100,10 @@ def scale_and_offset(e: Emitter, found: Quantized) -> tuple[fx.Node, fx.Node | N
     offset = _vector(e, found.offset)
     single = [not isinstance(v, Term) or _single(v) for v in (found.static_scale, found.offset)]
     if single[0] != single[1]:
-        whole = e.sizes((found.x.shape[-1],))
         if single[0]:
-            scale = e.call(torch.ops.aten.expand.default, scale, whole)
+            scale = e.call(torch.ops.aten.expand.default, scale, [e.size(offset, 0)])
         else:
-            offset = e.call(torch.ops.aten.expand.default, offset, whole)
+            offset = e.call(torch.ops.aten.expand.default, offset, [e.size(scale, 0)])
     return scale, offset
 
 

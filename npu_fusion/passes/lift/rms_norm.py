@@ -264,7 +264,11 @@ def _count(term: Term, walk: Walk) -> tuple[Term, Any]:
 def _centered(x: Term, sizes: Sizes) -> bool:
     """``t - mean(t)``, whatever it is rounded to."""
     value = Walk(sizes).value(x)
-    return value.op == "sub" and isinstance(value.args[1], Term) and _per_row(value.args[1], Walk(sizes)).op == "mean"
+    return (
+        value.op == "sub"
+        and isinstance(value.args[1], Term)
+        and _per_row(value.args[1], Walk(sizes)).op == "mean"
+    )
 
 
 def with_dtype(gamma: Term, dtype: torch.dtype) -> bool:
