@@ -10,11 +10,12 @@ import ast
 import functools
 import importlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 
@@ -33,27 +34,30 @@ class Traced:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, code: CodeType) -> None:
+    def __init__(self, module: nn.Module, code: CodeType) -> None:
         super().__init__()
         self.code = code
         self.lines: dict[str, int] = {}
+        devices = {t.device.type for t in chain(module.parameters(), module.buffers())}
+        self.devices = [d for d in devices if torch.amp.is_autocast_available(d)]
+        self.modes = self._modes()
+
+    def _modes(self) -> tuple[bool, ...]:
+        return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in self.devices)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self._modes() != self.modes:
+            raise fx.proxy.TraceError("it changes the gradient or autocast mode, which a graph has not")
         node = super().create_node(*args, **kwargs)
-        for frame in _frames():
-            if frame.f_code is self.code:
-                self.lines[node.name] = frame.f_lineno
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not self.code:
+            frame = frame.f_back
+        if frame is not None:
+            self.lines[node.name] = frame.f_lineno
         return node
-
-
-def _frames() -> Iterator[Any]:
-    frame = inspect.currentframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def trace(module: nn.Module) -> Traced | str:
@@ -86,8 +90,13 @@ def trace(module: nn.Module) -> Traced | str:
 
 
 def _trace(module: nn.Module, code: CodeType) -> Traced | str:
-    tracer = _Tracer(code)
-    places = (vars(module), module._parameters, module._buffers, module._modules)
+    tracer = _Tracer(module, code)
+    places: tuple[dict[str, Any], ...] = (
+        vars(module),
+        module._parameters,
+        module._buffers,
+        module._modules,
+    )
     before = [dict(place) for place in places]
     changed = False
     try:

@@ -108,12 +108,12 @@ def test_verify_accepts_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_raises_on_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from npu_fusion.passes.compose import dequant_swiglu_quant
 
-    original = dequant_swiglu_quant._token_scale
+    original = dequant_swiglu_quant.token_scale
 
     def doubled(emitter: Any, factors: Any) -> Any:
         return emitter.call(torch.ops.aten.mul.Tensor, original(emitter, factors), 2)
 
-    monkeypatch.setattr(dequant_swiglu_quant, "_token_scale", doubled)
+    monkeypatch.setattr(dequant_swiglu_quant, "token_scale", doubled)
     backend = npu_fusion.get_npu_backend(host="eager", fusion_config={"verify": True})
     with torch.no_grad(), pytest.raises(BackendCompilerFailed) as failure:
         torch.compile(merged(), backend=backend)(torch.randn(3, 64))

@@ -69,11 +69,12 @@ class Sizes:
         return self.shape_env is not None and self.shape_env.replace(remainder) in self.shape_env.divisible
 
     def even(self, size: Size) -> Truth:
-        """Divisible by two; known, or implied by two ``chunk`` halves having met in an elementwise product."""
+        """Divisible by two; known, or implied by two ``chunk`` halves having met in a product."""
         known = self.multiple(size, 2)
         if known is Truth.UNKNOWN and not isinstance(size, int):
-            upper = FloorDiv(size + 1, 2)
-            return self.decide(sympy.Eq(upper, size - upper))
+            for half in (FloorDiv(size + 1, 2), FloorDiv(size, 2)):
+                if self.decide(sympy.Eq(half, size - half)) is Truth.YES:
+                    return Truth.YES
         return known
 
     def at_most(self, size: Size, bound: int) -> Truth:

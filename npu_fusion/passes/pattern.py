@@ -20,7 +20,7 @@ None) and *how* the replacement is built (:attr:`Match.build`). The gate decides
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from torch import fx
 
 from npu_fusion.config import FusionConfig, Numerics
 from npu_fusion.passes.checks import Sizes, Truth, product
+from npu_fusion.passes.memory import storage_root, written_by
 from npu_fusion.passes.rewrite import Emitter, Rewriter
 from npu_fusion.passes.terms import Drift, Size, Term, TermGraph, sizes_of
 from npu_fusion.passes.verify import verify
@@ -143,6 +144,8 @@ class Fusion(ABC):
         refusal = (
             _constraints(found, context)
             or _numerics(found, context)
+            or _kernel(self.operator, replaced[0])
+            or _layout(replaced, context)
             or (region if isinstance(region, Refused) else None)
         )
         if refusal is None:
@@ -188,7 +191,9 @@ class Fusion(ABC):
                 verify(self.name, region, new, emitter, _level(found.drift))
             for old, replacement in new:
                 rewriter.redirect(old, replacement, region.nodes)
+                rewriter.note_layout(old, replacement)
             rewriter.retire(region.nodes)
+            rewriter.retire(u for n in region.nodes for u in n.users if _ignores_value(u))
         except BaseException:
             rewriter.rollback(mark)
             raise
@@ -247,6 +252,12 @@ class Region:
             inside[node] = None
             pending.extend(node.all_input_nodes)
         ends = set(outputs)
+        first = min(outputs)
+        for node in used:
+            if node > first and _depends_on(node, inside, first):
+                return Refused(
+                    "an input depends on an output", f"{node.name} is computed from what is replaced"
+                )
         for node in inside:
             if node in ends:
                 continue
@@ -267,6 +278,19 @@ class Region:
             shown = ", ".join(sorted(repr(label) for label in labels))
             return Refused("the nodes run on different streams", f"stream labels {shown}")
         return context.hazards.between(self, max(self.nodes))
+
+
+def _depends_on(node: fx.Node, region: Container[fx.Node], first: fx.Node) -> bool:
+    """Is ``node`` computed from a node of the region? Only nodes after ``first`` can be."""
+    pending, seen = [node], {node}
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in region:
+                return True
+            if source > first and source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return False
 
 
 def held_by(term: Term) -> list[fx.Node]:
@@ -304,7 +328,7 @@ class Hazards:
     def __init__(self, graph: fx.Graph) -> None:
         self.writers: list[tuple[fx.Node, set[fx.Node]]] = []
         for node in graph.nodes:
-            written = _written(node)
+            written = written_by(node)
             if written:
                 self.writers.append((node, written))
 
@@ -313,36 +337,17 @@ class Hazards:
         if not self.writers:
             return None
         start = min(region.nodes)
-        read = {_storage_root(n) for n in region.inputs}
+        if max(region.inputs, default=start) > min(region.outputs):
+            return Refused(
+                "the graph would have to be reordered, and it writes to memory",
+                f"the last input comes after {min(region.outputs).name}",
+            )
+        read = {storage_root(n) for n in region.inputs}
         for node, written in self.writers:
             if start < node < end and written & read:
                 names = ", ".join(sorted(n.name for n in written & read))
                 return Refused("an input is written in between", f"{node.name} writes {names}")
         return None
-
-
-def _written(node: fx.Node) -> set[fx.Node]:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return set()
-    written = set()
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            for n in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(n, fx.Node):
-                    written.add(_storage_root(n))
-    return written
-
-
-def _storage_root(node: fx.Node) -> fx.Node:
-    """What a chain of views is a view of."""
-    while node.op == "call_function" and getattr(node.target, "is_view", False):
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            break
-        node = source
-    return node
 
 
 def _constraints(match: Match, context: Context) -> Refused | None:
@@ -372,6 +377,29 @@ def _numerics(match: Match, context: Context) -> Refused | None:
                 f"{drift.what} (needs {drift.level.name.lower()!r})",
             )
     return None
+
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
+
+
+def _layout(replaced: Sequence[fx.Node], context: Context) -> Refused | None:
+    """A reader of strides or of the storage behind a value would see those of the operator's own output."""
+    for node in replaced:
+        for user in context.rewriter.live_users(node):
+            if user.target is torch.ops.aten.as_strided.default:
+                return Refused("the result is read with as_strided", f"{user.name} reads {node.name}")
+    return None
+
+
+def _kernel(operator: str, replaced: fx.Node) -> Refused | None:
+    """Is there something to run on the device of the graph?"""
+    device = replaced.meta["val"].device.type
+    key = _DISPATCH_KEYS.get(device)
+    if device == "meta" or (
+        key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{operator}", key)
+    ):
+        return None
+    return Refused("the operator has no kernel for this device", device)
 
 
 def _memory(match: Match, context: Context) -> Refused | None:

@@ -159,7 +159,8 @@ def operators(graph: fx.Graph) -> dict[str, int]:
             target: Any = node.target
             namespace = getattr(target, "namespace", None)
             if namespace is not None:
-                counts[f"{namespace}.{target._opname}"] += 1
+                name = getattr(target, "_opname", None) or target.name()  # a higher-order operator has no overloads
+                counts[f"{namespace}.{name}"] += 1
     return dict(counts)
 
 

@@ -20,6 +20,9 @@ from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
 
 aten = torch.ops.aten
 
+_OWN_LAYOUT = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten._int_mm.default})
+"""Operators whose result is contiguous whatever the layout of their operands."""
+
 _LABELS = ("stream_label", "custom", "nn_module_stack")
 
 
@@ -44,6 +47,7 @@ class Rewriter:
         self._added: list[fx.Node] = []
         self._fakes: dict[Any, Any] = {}
         self._size_nodes: dict[Any, fx.Node] | None = None
+        self._moved: set[fx.Node] = set()
 
     # -- redirecting uses -----------------------------------------------------------------------------
 
@@ -57,6 +61,12 @@ class Rewriter:
                 continue
             self._journal.append((user, user.args, dict(user.kwargs)))
             user.replace_input_with(old, new)
+
+    def note_layout(self, old: fx.Node, new: fx.Node) -> None:
+        """Remember a replacement that lies otherwise in memory than what it replaces."""
+        before, after = (sizes_of(n.meta["val"].stride()) for n in (old, new))
+        if before != after:
+            self._moved.add(new)
 
     def retire(self, nodes: Iterable[fx.Node]) -> None:
         """These nodes have been replaced: their uses no longer count."""
@@ -82,18 +92,37 @@ class Rewriter:
         """Order the graph, drop what is no longer used, and check the result."""
         if self.needs_sort:
             _compat.stable_topological_sort(self.graph)
+        self.graph.lint()  # while everything can still be taken back
         for node in sorted([*self.dead, *self._added], reverse=True):
             self._erase_unused(node)
-        self.graph.lint()
+        self._relax_views()
         self._journal.clear()
         self._added.clear()
+
+    def _relax_views(self) -> None:
+        """``reshape`` for every ``view`` of a value whose layout may have changed: it may have to copy now.
+
+        A rotated query, say, is contiguous where the source had the transposed layout of its input; attention
+        gives its result the layout of the query, and the model views that.
+        """
+        if not self._moved:
+            return
+        for node in self.graph.nodes:
+            if node not in self._moved:
+                if node.target in _OWN_LAYOUT or not any(n in self._moved for n in node.all_input_nodes):
+                    continue
+                self._moved.add(node)
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
 
     def _erase_unused(self, node: fx.Node) -> None:
         """Erase a node without users, and what that leaves without users."""
         pending = [node]
         while pending:
             node = pending.pop()
-            if node.users or node._erased or node.op != "call_function" or node.is_impure():
+            if node.users or node._erased or node.op != "call_function":
+                continue
+            if node.is_impure() and node not in self.dead:  # a retired one only checks what is gone
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)

@@ -33,6 +33,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from npu_fusion.config import Numerics
+from npu_fusion.passes.memory import storage_root, written_by
 
 Size = int | sympy.Expr
 
@@ -209,6 +210,7 @@ class TermGraph:
         self.graph = graph
         self.of: dict[fx.Node, Any] = {}
         self._table: dict[Any, Term] = {}
+        self._written: set[fx.Node] = set()
         self.terms: list[Term] = []
         """Every term that a node holds, in the order of its first node."""
         self._users: dict[Term, list[Term]] | None = None
@@ -273,7 +275,12 @@ class TermGraph:
         op = node.op
         value: Any
         if op == "call_function":
-            value = self._call(node)
+            written = written_by(node)
+            if written or self._reads_written(node):
+                value = self.input(node)
+                self._written |= written
+            else:
+                value = self._call(node)
         elif op == "get_attr":
             value = self._attribute(node)
         elif op == "output":
@@ -287,6 +294,10 @@ class TermGraph:
             if not value.nodes:
                 self.terms.append(value)
             value.nodes.append(node)
+
+    def _reads_written(self, node: fx.Node) -> bool:
+        """Does the node read memory that was written since it was first read? It is then not what it was."""
+        return bool(self._written) and any(storage_root(n) in self._written for n in node.all_input_nodes)
 
     def _call(self, node: fx.Node) -> Any:
         target = node.target

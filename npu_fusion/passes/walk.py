@@ -69,7 +69,7 @@ class Walk:
         return source
 
     def unwrapped(self, term: Term) -> Term:
-        """Through any cast to a 16-bit float on the outside of a float32 value (noted), then :meth:`value`."""
+        """Through a cast to a 16-bit float on the outside of a float32 value (noted), then :meth:`value`."""
         inner = self.rows(term)
         if inner.op == "cast" and inner.dtype in LOW_PRECISION and inner.args[0].dtype == torch.float32:
             self.note(
@@ -103,7 +103,7 @@ def narrow(term: Term, dtype: torch.dtype | None) -> Term | None:
 
 
 def rounded(term: Term, context: Context) -> Term:
-    """The rounding to 16 bits of a float32 value, if that is all anyone reads of it; else the value itself."""
+    """The rounding to 16 bits of a float32 value, if nothing else reads it; else the value itself."""
     dead = context.rewriter.dead
     readers = {context.view.of.get(u) for n in term.nodes for u in n.users if u not in dead}
     readers.discard(term)  # copies

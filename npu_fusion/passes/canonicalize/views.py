@@ -93,19 +93,23 @@ def part(view: TermGraph, x: Term, dim: int, start: Size, length: Size, step: in
         if isinstance(size, int):
             if isinstance(start, int) and length * 2 == size and start in (0, length):
                 return view.make("half", (x, 0 if start == 0 else 1), x.dtype)
-        else:
-            first = _upper_half(size)
-            if start == 0 and _equal(length, first):
-                return view.make("half", (x, 0), x.dtype)
-            if _equal(start, first) and _equal(length, size - first):
-                return view.make("half", (x, 1), x.dtype)
+        elif _halves(length, size) and (start == 0 or _halves(start, size)):
+            return view.make("half", (x, 0 if start == 0 else 1), x.dtype)
     return view.make("slice", (x, dim, start, length, step), x.dtype)
 
 
-def _upper_half(size: sympy.Expr) -> sympy.Expr:
-    """What ``chunk(2)`` gives the first half of a symbolic size: ``(n + 1) // 2``, or n/2 where that divides."""
+def _halves(part: Size, size: sympy.Expr) -> bool:
+    """Is this half of a symbolic size, if that is even? ``n // 2``, ``(n + 1) // 2`` (chunk) or what they leave."""
     halved = size / 2
-    return halved if halved.is_integer else FloorDiv(size + 1, 2)
+    if halved.is_integer:
+        return _equal(part, halved)
+    rounded = (FloorDiv(size, 2), FloorDiv(size + 1, 2))
+    return any(_equal(part, half) or _equal(part, size - half) for half in rounded)
+
+
+def _halved(size: Size, half: Size) -> bool:
+    """Is ``half`` half of ``size``, a symbolic one assumed to be even (the view took all of it, so it is)?"""
+    return _equal(size, 2 * half) or (not isinstance(size, int) and _halves(half, size))
 
 
 def _equal(a: Size, b: Size) -> bool:
@@ -172,7 +176,7 @@ def _selected(view: TermGraph, x: Term, dim: int, index: int) -> Term:
             return part(view, base, dim - 1, index, shape[-2], 2)
     if x.op == "view" and dim == len(shape) - 2 and shape[dim] == 2:
         base = x.args[0]
-        if _equal(base.shape[-1], 2 * shape[-1]):
+        if _halved(base.shape[-1], shape[-1]):
             base = reshaped(view, base, (*shape[:dim], base.shape[-1]))
             return view.make("half", (base, index), x.dtype)
     kept = shape[:dim] + shape[dim + 1 :]

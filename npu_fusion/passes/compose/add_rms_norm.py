@@ -10,9 +10,10 @@
 
 The sum stays available: the operator returns it. The norm is what :func:`..lift.rms_norm.normalized` reads.
 
-Conditions: both addends have the shape of the sum and one dtype, in which the weight is given too (a bfloat16
-model with a float32 weight keeps the smaller ``npu_rms_norm``, which takes both); the norm has the dtype of the
-addends, or they are float32. In 16 bits ``accurate``: the operator normalizes the sum before it is rounded.
+Conditions: both addends have the shape of the sum and one dtype, in which the weight is given too (a
+bfloat16 model with a float32 weight keeps the smaller ``npu_rms_norm``, which takes both); the norm has the
+dtype of the addends, or they are float32. In 16 bits ``accurate``: the operator normalizes the sum before it
+is rounded.
 
 Source: torch_npu documentation of npu_add_rms_norm.
 """
@@ -95,7 +96,7 @@ def residual(norm: Normalized, context: Context) -> Residual | Refused | None:
 
 
 def _common(total: Term, norm: Normalized, context: Context) -> torch.dtype:
-    """The dtype of both addends; float32 where they differ, or where the float32 sum is read outside the norm."""
+    """The dtype of both addends; float32 where they differ, or where others read the float32 sum."""
     for dtype in LOW_PRECISION:
         if all(narrow(t, dtype) is not None for t in total.args):
             inside = {*norm.inside, context.view.cast(total, dtype), total}

@@ -2,13 +2,15 @@
 
 ::
 
-    %y, _, %x = npu_add_rms_norm(%x1, %x2, %g, eps)         %q, _, %x, %s, _ = npu_add_rms_norm_dynamic_quant(
-    %q, %s = npu_dynamic_quant(%y, smooth_scales=%f)   ->       %x1, %x2, %g, smooth_scale1=%f, epsilon=eps,
-                                                                output_mask=[True, False])
+    %y, _, %x = npu_add_rms_norm(%x1, %x2, %g, eps)
+    %q, %s = npu_dynamic_quant(%y, smooth_scales=%f)
+                             ↓
+    %q, _, %x, %s, _ = npu_add_rms_norm_dynamic_quant(%x1, %x2, %g, smooth_scale1=%f, epsilon=eps,
+                                                      output_mask=[True, False])
 
-:mod:`.add_rms_norm` reads the addition and the norm, :mod:`..lift.dynamic_quant` the quantization, each spelled
-out or called. Equal quantizations of one value (each of the q, k and v projections quantizes its own input) are
-one and are replaced together.
+:mod:`.add_rms_norm` reads the addition and the norm, :mod:`..lift.dynamic_quant` the quantization, each
+spelled out or called. Equal quantizations of one value (each of the q, k and v projections quantizes its own
+input) are one and are replaced together.
 
 Conditions: those of the parts; nobody else reads the normalized value, which the operator does not return;
 float16 or bfloat16, the smooth scales in the same dtype. ``accurate``: the value is quantized before it is

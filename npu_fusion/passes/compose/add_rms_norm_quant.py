@@ -2,21 +2,21 @@
 
 ::
 
-    %y, _, %x = npu_add_rms_norm(%x1, %x2, %g, eps)          %q, _, %x = npu_add_rms_norm_quant(%x1, %x2, %g,
-    %q = clamp(round(%y / %s + %z), -128, 127) to int8   ->      scales1=%s, zero_points1=%z, epsilon=eps,
-                                                                 div_mode=True)
-    the same with %y * %f                                ->      scales1=%f, div_mode=False
+    %y, _, %x = npu_add_rms_norm(%x1, %x2, %g, eps)
+    %q = clamp(round(%y / %s + %z), -128, 127) to int8         (or %y * %s: div_mode=False)
+                             ↓
+    %q, _, %x = npu_add_rms_norm_quant(%x1, %x2, %g, scales1=%s, zero_points1=%z, epsilon=eps, div_mode=True)
 
-:mod:`.add_rms_norm` reads the addition and the norm, spelled out or called, :mod:`..lift.quantize` the
-quantization. Equal quantizations of one value (each of the q, k and v projections quantizes its own input) are
-one and are replaced together.
+:mod:`.add_rms_norm` reads the addition and the norm, :mod:`..lift.quantize` the quantization, each spelled
+out or called. Equal quantizations of one value (each of the q, k and v projections quantizes its own
+input) are one and are replaced together.
 
-Conditions: those of the parts; nobody else reads the normalized value, which the operator does not return; one
-scale, or one per channel. On a target the dtypes that are documented together: float16 with float32 scales and
-int32 zero points, or all in bfloat16. ``accurate`` where the source rounds to 16 bits in between.
+Conditions: those of the parts; nobody else reads the normalized value, which the operator does not return;
+one scale, or one per channel. On a target the dtypes that are documented together: float16 with float32
+scales and int32 zero points, or all in bfloat16. ``accurate`` where the source rounds to 16 bits in between.
 
-Source: torch_npu documentation of npu_add_rms_norm_quant. Everything after the weight is passed by keyword: its
-position changed between versions.
+Source: torch_npu documentation of npu_add_rms_norm_quant. Everything after the weight is passed by keyword:
+its position changed between versions.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class AddRMSNormQuant(Fusion):
 
 
 def _source(value: Term) -> Term:
-    """What a float32 scale or zero point was before it was broadcast and widened, which the operator does itself."""
+    """What a scale or zero point was before it was broadcast and widened, which the operator does itself."""
     while value.op in ("expand", "view") or (value.op == "cast" and value.dtype == torch.float32):
         if value.op == "cast" and value.args[0].dtype not in (torch.int8, torch.int32, *LOW_PRECISION):
             break

@@ -2,18 +2,18 @@
 
 ::
 
-    %p = reshape(transpose(view(%x, [.., D/2, 2]), -1, -2), [.., D])
-    %y = add(mul(%p, %cos), mul(cat(neg(%p[D/2:]), %p[:D/2]), %sin))     ->    %y = npu_interleave_rope(%x, %cos, %sin)
+    %p = reshape(transpose(view(%x, [.., D/2, 2]), -1, -2), [.., D])     ->  %y = npu_interleave_rope(
+    %y = add(mul(%p, %cos), mul(cat(neg(%p[D/2:]), %p[:D/2]), %sin))             %x, %cos, %sin)
 
-    %a, %b = %x[::2], %x[1::2]
-    %y = cat(sub(mul(%a, %c), mul(%b, %s)),                              ->    %y = npu_interleave_rope(%x,
-             add(mul(%b, %c), mul(%a, %s)))                                            cat(%c, %c), cat(%s, %s))
+    %a, %b = %x[::2], %x[1::2]                                           ->  %y = npu_interleave_rope(
+    %y = cat(sub(mul(%a, %c), mul(%b, %s)),                                      %x, cat(%c, %c),
+             add(mul(%b, %c), mul(%a, %s)))                                      cat(%s, %s))
 
-The rotation is what :func:`.rotary_mul.rotation` reads; here the entries are first sorted into even and odd ones.
+The rotation is what :func:`.rotary_mul.rotation` reads; here the entries are first sorted into even and odd.
 
-Conditions: those of the rotation; x is [B, N, S, D] and the cosine [B or 1, 1, S or 1, D]. On a target the last
-dimension is 64, and except on the 950 the values have 16 bits and are made contiguous. In 16 bits ``accurate``:
-the source rounds the products.
+Conditions: those of the rotation; x is [B, N, S, D] and the cosine [B or 1, 1, S or 1, D]. On a target the
+last dimension is 64, and except on the 950 the values have 16 bits and are made contiguous. In 16 bits
+``accurate``: the source rounds the products.
 
 Source: torch_npu documentation of npu_interleave_rope.
 """

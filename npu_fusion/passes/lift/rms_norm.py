@@ -10,11 +10,11 @@ Also read: the weight first or last, or folded into the factor; ``x / sqrt(..)``
 ``x * x``, ``square``; ``sum / H``; ``F.rms_norm`` and its ATen operators; x widened to float32 and rounded
 again before the weight (Hugging Face), after it, or never widened; a weight that is computed (``1 + w``).
 
-Conditions: the mean is over the last dimension alone and of the tensor that is scaled; one weight per entry of
-that dimension; epsilon is a number and added to the mean. A subtracted mean is a LayerNorm. The operator
+Conditions: the mean is over the last dimension alone and of the tensor that is scaled; one weight per entry
+of that dimension; epsilon is a number and added to the mean. A subtracted mean is a LayerNorm. The operator
 rounds once: ``accurate`` where the source rounds before that, takes the root otherwise than by ``rsqrt``,
-multiplies in another order, or sums the rows of a tensor that is not contiguous. :func:`normalized` recognizes
-the norm for all fusions that contain one.
+multiplies in another order, or sums the rows of a tensor that is not contiguous. :func:`normalized`
+recognizes the norm for all fusions that contain one.
 
 Source: torch_npu documentation of npu_rms_norm; the spellings are those of real models.
 """
@@ -102,11 +102,13 @@ def _operator(term: Term) -> Normalized | Refused:
 def _product(term: Term, context: Context) -> Normalized | Refused | None:
     if term.op != "mul" or not isinstance(term.args[1], Term):
         return None
+    near: Refused | None = None
     for first, second in operands(term):
         walk = Walk(context.sizes)
         scaled = _scaled(walk.value(first), walk)
-        if scaled is not None:
+        if isinstance(scaled, _Scaled):
             return _weighted(scaled, second, walk, context)
+        near = near or scaled
     for x, second in operands(term):
         walk = Walk(context.sizes)
         factor = walk.value(second)
@@ -114,17 +116,16 @@ def _product(term: Term, context: Context) -> Normalized | Refused | None:
             continue
         for root, gamma in operands(factor):
             scaled = _by_root(x, root, term, walk)
-            if scaled is not None:
+            if isinstance(scaled, _Scaled):
                 walk.note(Numerics.ACCURATE, "x * (rstd * gamma) is computed as (x * rstd) * gamma")
                 return _weighted(scaled, gamma, walk, context)
-    return None
+            near = near or scaled
+    return near
 
 
-def _weighted(
-    scaled: _Scaled | Refused, factor: Any, walk: Walk, context: Context
-) -> Normalized | Refused | None:
-    if isinstance(scaled, Refused):
-        return scaled
+def _weighted(scaled: _Scaled, factor: Term, walk: Walk, context: Context) -> Normalized | Refused:
+    while factor.op == "cast" and factor.args[0].op == "expand":
+        factor = context.view.cast(factor.args[0].args[0], factor.dtype)
     gamma = channel(factor, scaled.x.shape[-1], context)
     if gamma is None:
         shown = f"{list(factor.shape)} for {list(scaled.x.shape)}"

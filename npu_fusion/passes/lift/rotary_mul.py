@@ -13,11 +13,11 @@
 
 :func:`rotation` recognizes all of them, for this fusion and for :mod:`.interleave_rope`.
 
-Conditions: the halves (or alternating entries) are those of the tensor that is multiplied by the cosine; at most
-four dimensions (leading ones are added); cosine and sine have one shape, as wide as the input, and one or the
-input's size in the other dimensions; one dtype (float32 if they have two). On a target the documented limits,
-and no "interleave": torchair lowers that call to an operator that knows "half" only. In 16 bits ``accurate``:
-the source rounds the products.
+Conditions: the halves (or alternating entries) are those of the tensor that is multiplied by the cosine; at
+most four dimensions (leading ones are added); cosine and sine have one shape, as wide as the input, and one
+or the input's size in the other dimensions; one dtype (float32 if they have two). On a target the documented
+limits, and no "interleave": torchair lowers that call to an operator that knows "half" only. In 16 bits
+``accurate``: the source rounds the products.
 
 Source: torch_npu documentation of npu_rotary_mul; the spellings are those of real models.
 """

@@ -69,7 +69,25 @@ def _gated(term: Term, context: Context) -> Gated | Refused | None:
                 near = Refused(
                     "the activation is not silu", f"{activation.op}(gate) * up", (term, activation)
                 )
+        factor = _scaled_sigmoid(activation, walk)
+        if factor is not None:
+            near = Refused(
+                "the sigmoid's argument is scaled, which swiglu_mode 0 does not do", f"by {factor:g}", (term,)
+            )
     return near
+
+
+def _scaled_sigmoid(activation: Term, walk: Walk) -> float | None:
+    """``c`` for ``x * sigmoid(x * c)``."""
+    if activation.op != "mul" or not isinstance(activation.args[1], Term):
+        return None
+    for x, gate in operands(activation):
+        gate = walk.value(gate)
+        if gate.op == "sigmoid":
+            inner = walk.value(gate.args[0])
+            if inner.op == "mul" and isinstance(inner.args[1], float) and inner.args[0] is x:
+                return inner.args[1]
+    return None
 
 
 def _halves(walk: Walk, gate: Term, up: Term, term: Term) -> Gated | Refused | None:
@@ -85,6 +103,7 @@ def _halves(walk: Walk, gate: Term, up: Term, term: Term) -> Gated | Refused | N
                 return Refused("gate and up are the same half", "", (term,))
             return Gated(gate_base, gate.args[1] == 0, tuple(walk.drift))
         return Refused("gate and up are halves of different tensors", "", (term, gate, up))
+    gate, up = (t.args[0] if t.op == "cast" and t.args[0].op == "slice" else t for t in (gate, up))
     if {gate.op, up.op} <= {"half", "slice"} and gate.args[0] is up.args[0]:
         return Refused(
             "gate and up are not the two equal halves of the last dimension",
