@@ -98,12 +98,15 @@ def _trace(module: nn.Module, code: CodeType) -> Traced | str:
         module._modules,
     )
     before = [dict(place) for place in places]
+    lines = tracer.lines
     changed = False
     try:
         graph = tracer.trace(module)
     except Exception as error:
         return f"torch.fx cannot trace its forward ({type(error).__name__}: {error})"
     finally:
+        # torch.fx leaves the tracer in a reference cycle, and with it every layer that prepare replaces.
+        vars(tracer).clear()
         for place, content in zip(places, before, strict=True):
             if place.keys() != content.keys() or any(place[key] is not content[key] for key in content):
                 changed = True
@@ -111,7 +114,7 @@ def _trace(module: nn.Module, code: CodeType) -> Traced | str:
                 place.update(content)
     if changed:
         return "its forward changes attributes of the module, or makes tensors out of constants"
-    return Traced(graph, code, tracer.lines)
+    return Traced(graph, code, lines)
 
 
 class RewrittenForward:

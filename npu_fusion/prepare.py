@@ -99,8 +99,9 @@ def prepare(model: nn.Module, fusion_config: FusionConfig | Mapping[str, Any] | 
     """Prepare the weights of ``model`` for the fusions, in place and once; a second call finds nothing to do.
 
     Call it after the model is on its device, and quantized, but before it is compiled, sharded, or given to
-    an optimizer. Values stay the same: bit by bit for ``W8A8DynamicLinear``, up to the order in which the
-    backend's matmul adds for ``torch.nn.Linear``.
+    an optimizer. The projections give the same values: bit by bit for ``W8A8DynamicLinear``, up to the order
+    in which the backend's matmul adds for ``torch.nn.Linear``. Run eagerly, the activation reads one half of
+    each row, for which PyTorch's CPU kernel may round silu otherwise than for a tensor of its own.
 
     A module with a merged layer keeps its object, class, hooks and ``state_dict`` keys: it saves as, and
     loads from, checkpoints of the model as it was. Its ``parameters()`` are the merged ones. It can be copied
@@ -302,7 +303,7 @@ class _Sharing:
         for name, module in modules.items():
             for key, tensor in chain(module._parameters.items(), module._buffers.items()):
                 if tensor is not None:
-                    self._tensors[_memory(tensor)].append((f"{name}.{key}", module, tensor))
+                    self._tensors[_memory(tensor)].append((f"{name}.{key}".removeprefix("."), module, tensor))
 
     def holders(self, layer: nn.Module) -> int:
         return self._holders[layer]

@@ -20,6 +20,10 @@ class Target:
     float_bias: bool = False
     """Whether npu_dequant_swiglu_quant documents a floating bias."""
     swiglu_modes: tuple[int, ...] = (0, 1, 2)
+    swiglu_quant_width: int = 8192
+    """Largest last dimension (2H) of npu_swiglu_quant."""
+    quant_matmul_width: int = 65535
+    """Largest last dimension of either operand (k and n) of npu_quant_matmul."""
     rotary_max_width: int = 895
     """Largest last dimension of npu_rotary_mul."""
     rotary_max_broadcast: int = 999

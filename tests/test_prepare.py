@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import pickle
 import traceback
@@ -83,7 +84,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "vocab_size": 64,
 }
 CONFIGS = {
@@ -122,25 +123,28 @@ def test_models_compute_the_same_and_fuse(name: str, quantized: bool) -> None:
     operator = "npu_dequant_swiglu_quant" if quantized else "npu_swiglu"
     expected = logits(model, ids)
 
-    _, report = compiled(model, ids)
-    assert operator not in report.fused
-    near = [r for r in report.refused if r.fusion == operator.removeprefix("npu_")]
-    assert {r.reason for r in near} == {"gate and up are two separate matmuls of the same input"}
-    assert all("npu_fusion.prepare(model)" in r.detail for r in near)
-
     done = prepare(model)
     assert list(done) == [
-        Merged(f"model.layers.{i}.mlp", "gate_proj", "up_proj", "gate_up_proj") for i in range(3)
+        Merged(f"model.layers.{i}.mlp", "gate_proj", "up_proj", "gate_up_proj") for i in range(2)
     ]
     assert not done.skipped
-    if quantized:
-        assert torch.equal(logits(model, ids), expected)
-    else:
-        torch.testing.assert_close(logits(model, ids), expected)
+    torch.testing.assert_close(logits(model, ids), expected)
 
     result, report = compiled(model, ids)
-    assert report.fused[operator] == 3
+    assert report.fused[operator] == 2
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"), [("mistral", False), ("qwen2", True), ("llama with bias", True)]
+)
+def test_reports_of_unprepared_models_name_prepare(name: str, quantized: bool) -> None:
+    _, report = compiled(causal_lm(name, quantized), torch.randint(0, 64, (2, 5)))
+    fusion = "dequant_swiglu_quant" if quantized else "swiglu"
+    near = [r for r in report.refused if r.fusion == fusion]
+    assert f"npu_{fusion}" not in report.fused
+    assert [r.reason for r in near] == ["gate and up are two separate matmuls of the same input"] * 2
+    assert all("npu_fusion.prepare(model)" in r.detail for r in near)
 
 
 def test_reports_still_show_the_lines_of_the_model() -> None:
@@ -293,9 +297,12 @@ def test_int8_layers_give_the_same_bits(
     )
     module.down_proj = nn.Identity()
     x = torch.randn(rows, sizes[0]).to(dtype)
-    expected = module(x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
     assert len(prepare(module)) == 1
-    assert torch.equal(module(x), expected)
+    both = module.gate_up_proj(x)
+    assert torch.equal(both, torch.cat((gate, up), -1))
+    # silu of a tensor of its own may differ in the last bit: the CPU's vectorized kernel and its remainder.
+    assert torch.equal(module(x), F.silu(both.chunk(2, -1)[0]) * up)
 
 
 def test_quantizing_afterwards_is_the_same() -> None:
@@ -544,19 +551,19 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "dtypes": (
         _with(lambda m: m.up_proj.half()),
-        "gate_proj.weight is float32 [20, 12] on cpu, trained, up_proj.weight is float16 [20, 12] on cpu, trained",
+        "gate_proj.weight is float32 [20, 12] on cpu, trained, up_proj.weight is float16 [20, 12] on cpu",
     ),
     "devices": (
         _with(lambda m: m.gate_proj.to("meta")),
-        "gate_proj.weight is float32 [20, 12] on meta, trained, up_proj.weight is float32 [20, 12] on cpu, trained",
+        "gate_proj.weight is float32 [20, 12] on meta, trained, up_proj.weight is float32 [20, 12] on cpu",
     ),
     "frozen half": (
         _with(lambda m: m.up_proj.requires_grad_(False)),
         "gate_proj.weight is float32 [20, 12] on cpu, trained, up_proj.weight is float32 [20, 12] on cpu",
     ),
-    "tied": (_with(_tied_to_a_third), "up_proj.weight shares its memory with .down_proj.weight"),
-    "tied view": (_with(_tied_by_a_view), "gate_proj.weight shares its memory with .part"),
-    "tied on meta": (_with(_tied_on_meta), "gate_proj.weight shares its memory with .same"),
+    "tied": (_with(_tied_to_a_third), "up_proj.weight shares its memory with down_proj.weight"),
+    "tied view": (_with(_tied_by_a_view), "gate_proj.weight shares its memory with part"),
+    "tied on meta": (_with(_tied_on_meta), "gate_proj.weight shares its memory with same"),
     "name taken": (
         _with(lambda m: setattr(m, "gate_up_proj", 3)),
         "the module has an attribute gate_up_proj already",
@@ -770,7 +777,7 @@ def test_loads_a_part_as_the_original_does(assign: bool) -> None:
 
 
 def test_loads_its_own_named_parameters() -> None:
-    original, model = prepared()
+    _, model = prepared()
     own = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
     assert "layers.0.gate_up_proj.weight" in own
     model.load_state_dict(own, strict=True)
@@ -908,7 +915,11 @@ def test_the_old_weights_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatc
         return join(*layers)
 
     monkeypatch.setattr(_mergeable, "join", counting)
-    prepare(model)
+    gc.disable()
+    try:
+        prepare(model)
+    finally:
+        gc.enable()
     assert alive == [8, 6, 4, 2]
     assert not any(weight() is not None for weight in old)
 

@@ -131,16 +131,16 @@ def _anchors(view: TermGraph) -> dict[str, list[Term]]:
 
 def _run_fusion(fusion: Fusion, anchors: dict[str, list[Term]], context: Context) -> None:
     dead, made = context.rewriter.dead, context.rewriter.made
-    for op in fusion.anchors:
-        for term in anchors.get(op, ()):
-            if all(n in dead or n in made for n in term.nodes):
-                continue
-            try:
-                fusion.apply(term, context)
-            except FusionVerificationError:
-                raise
-            except Exception as error:
-                _failed(fusion.name, error, context.config, context.report)
+    # A rounded term is listed under two operators; it is one place.
+    for term in dict.fromkeys(t for op in fusion.anchors for t in anchors.get(op, ())):
+        if all(n in dead or n in made for n in term.nodes):
+            continue
+        try:
+            fusion.apply(term, context)
+        except FusionVerificationError:
+            raise
+        except Exception as error:
+            _failed(fusion.name, error, context.config, context.report)
 
 
 def _failed(what: str, error: Exception, config: FusionConfig, report: FusionReport) -> None:

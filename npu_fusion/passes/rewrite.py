@@ -235,6 +235,11 @@ class Emitter:
             return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
         return self.call(aten._to_copy.default, node, dtype=dtype)
 
+    def full(self, sizes: Sequence[Any], value: float, dtype: torch.dtype = torch.float32) -> fx.Node:
+        """A tensor of one number, on the device of what is replaced."""
+        device = self.template.meta["val"].device
+        return self.call(aten.full.default, list(sizes), float(value), dtype=dtype, device=device)
+
     def view(self, node: fx.Node, shape: tuple[Size, ...]) -> fx.Node:
         """``node`` viewed as ``shape``; nothing where it has that shape already."""
         have = sizes_of(node.meta["val"].shape)

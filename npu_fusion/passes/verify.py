@@ -1,7 +1,8 @@
 """``FusionConfig.verify``: run a region and its replacement on random inputs of the traced shapes and compare.
 
 Symbolic sizes take the values they were traced with. Tolerances by numerics level: strict is bit-identical;
-otherwise int8 may differ by 2 in at most 5 % of the elements and floating results by 1 % of the largest value.
+otherwise int8 may differ by 2, in at most a quarter of the elements (quotients in 16 bits round often), and
+floating results by 1 % of the largest value.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from npu_fusion.passes.pattern import Region
     from npu_fusion.passes.rewrite import Emitter
 
-INT8_STEP, INT8_FRACTION, FLOAT_RELATIVE = 2, 0.05, 1e-2
+INT8_STEP, INT8_FRACTION, FLOAT_RELATIVE = 2, 0.25, 1e-2
 
 
 class FusionVerificationError(RuntimeError):

@@ -34,8 +34,7 @@ def _largest(error: str) -> float:
 
 def test_a_fusion_that_is_not_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPU_FUSION_SWIGLU", "0")
-    with pytest.raises(RuntimeError, match=r"^swiglu \(fp32\): expected npu_swiglu
-"):
+    with pytest.raises(RuntimeError, match=r"^swiglu \(fp32\): expected npu_swiglu"):
         numerics.measure_all(["swiglu"], SIZES)
 
 

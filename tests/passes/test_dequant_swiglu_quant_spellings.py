@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.passes import _w8a8
@@ -15,13 +15,12 @@ from tests.passes._w8a8 import Spelling
 
 OPERATOR = "npu_dequant_swiglu_quant"
 SPELLINGS = _w8a8.one_by_one()
-REMAINING = {"npu", "aten.reshape", "aten.full", "aten.zeros_like", "aten.expand", "aten.sym_size"}
 
 OPEN_WHEN_SYMBOLIC = ("narrow", "tensor_split")
 """Halves that say nothing about whether the size is even: with a symbolic 2H they are not known to be halves."""
 
 
-def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor]) -> None:
+def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor], dialect: str = "aot") -> None:
     """Fused once, nothing of the chain left, and as good as the level promises."""
     assert outcome.fused == {OPERATOR: 1}, outcome.reasons("dequant_swiglu_quant")
     before, after = outcome.report.operators_before, outcome.report.operators_after
@@ -34,7 +33,7 @@ def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor]) -> Non
     (record,) = outcome.report.fusions
     for have, want in zip(outcome.result, outcome.expected, strict=True):
         assert (have.shape, have.dtype) == (want.shape, want.dtype)
-    if spelling.exact:
+    if spelling.exact and dialect == "aot":  # Inductor takes silu apart
         assert record.level == "strict" and not record.notes
         for have, want in zip(outcome.result, outcome.expected, strict=True):
             assert torch.equal(have, want)
@@ -55,9 +54,9 @@ def test_each_choice(spelling: Spelling, dialect: str, dynamic: bool) -> None:
     args = spelling.inputs()
     if spelling.halves in OPEN_WHEN_SYMBOLIC:
         torch._dynamo.mark_static(args[1])
-    numerics = "strict" if spelling.exact else "accurate"
+    numerics = "strict" if spelling.exact and dialect == "aot" else "accurate"
     outcome = fuse(spelling.function(), args, dialect=dialect, dynamic=dynamic, numerics=numerics)
-    check(spelling, outcome, args)
+    check(spelling, outcome, args, dialect)
 
 
 @pytest.mark.parametrize("halves", _w8a8.HALVES)
@@ -67,7 +66,7 @@ def test_halves_of_symbolic_width_in_the_other_combinations(halves: str) -> None
         args = spelling.inputs()
         if halves in OPEN_WHEN_SYMBOLIC:
             torch._dynamo.mark_static(args[1])
-        check(spelling, fuse(spelling.function(), args, dialect=dialect, dynamic=dynamic), args)
+        check(spelling, fuse(spelling.function(), args, dialect=dialect, dynamic=dynamic), args, dialect)
 
 
 @pytest.mark.parametrize("halves", OPEN_WHEN_SYMBOLIC)
@@ -100,6 +99,8 @@ def _choices(table: object) -> st.SearchStrategy[str]:
     return st.sampled_from(sorted(table))  # type: ignore[call-overload]
 
 
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # a failing example says enough, and shrinking compiles for minutes
+
 SOME = st.builds(
     Spelling,
     product=_choices(_w8a8.PRODUCTS),
@@ -123,29 +124,21 @@ SOME = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(SOME, st.sampled_from(("aot", "inductor")), st.booleans(), st.integers(0, 99))
 def test_any_combination(spelling: Spelling, dialect: str, dynamic: bool, seed: int) -> None:
     args = spelling.inputs(seed)
     outcome = fuse(spelling.function(), args, dialect=dialect, dynamic=dynamic)
-    check(spelling, outcome, args)
+    check(spelling, outcome, args, dialect)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(SOME, _choices([s for s in _w8a8.STATIC]), st.sampled_from(("aot", "inductor")), st.booleans())
+@settings(max_examples=20, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@given(SOME, _choices(_w8a8.STATIC), st.sampled_from(("aot", "inductor")), st.booleans())
 def test_any_combination_with_a_given_scale(spelling: Spelling, static: str, dialect: str, dynamic: bool) -> None:
-    rounded = spelling.rounded if "symmetric" not in spelling.rounded and spelling.rounded != "no clamp" else "clamp, round"
-    spelling = dataclasses.replace(
-        spelling, static=static, smooth=False, rounded=rounded, roundings=frozenset(), bias="none"
-    )
+    if spelling.rounded in ("round, symmetric clamp", "no clamp"):
+        spelling = dataclasses.replace(spelling, rounded="clamp, round")
+    spelling = dataclasses.replace(spelling, static=static, smooth=False, roundings=frozenset())
     args = spelling.inputs()
     outcome = fuse(spelling.function(), args, dialect=dialect, dynamic=dynamic)
-    plain = ("m / 127", "none", "none", "amax of abs", "x / s")
-    check(
-        dataclasses.replace(
-            spelling,
-            scale=plain[0], maximum_guard=plain[1], scale_guard=plain[2], maximum=plain[3], quotient=plain[4],
-        ),
-        outcome,
-        args,
-    )
+    unused = {"scale": "m / 127", "maximum_guard": "none", "scale_guard": "none", "quotient": "x / s"}
+    check(dataclasses.replace(spelling, **unused), outcome, args, dialect)

@@ -69,6 +69,9 @@ def _operand(view: TermGraph, arg: Any, dtype: torch.dtype) -> Any:
 _WIDE_INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
+_SILU_WRITTEN_OUT = "silu in one operator rather than exp, add and div: last bit of float32"
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -100,16 +103,18 @@ def unary(view: TermGraph, name: str, x: Term, rest: tuple[Any, ...] = ()) -> Te
     if name == "reciprocal":
         denominator = _one_plus_exp_neg(x)
         if denominator is not None:
-            return view.make("sigmoid", (denominator,), x.dtype)
+            inner, drift = denominator
+            return view.make("sigmoid", (inner,), x.dtype, drift)
     return view.make(name, (x, *rest), x.dtype)
 
 
-def _one_plus_exp_neg(term: Term) -> Term | None:
-    """``1 + exp(-t)`` -> ``t``."""
-    if term.op == "add" and term.args[1] == 1 and term.args[0].op == "exp":
-        inner = term.args[0].args[0]
-        if inner.op == "neg":
-            return inner.args[0]
+def _one_plus_exp_neg(term: Term) -> tuple[Term, tuple[Drift, ...]] | None:
+    """``1 + exp(-t)`` -> ``t`` and the drift of leaving roundings in between out."""
+    total, drift = rounding_removed(term)
+    if total.op == "add" and total.args[1] == 1:
+        power, more = rounding_removed(total.args[0])
+        if power.op == "exp" and power.args[0].op == "neg":
+            return power.args[0].args[0], drift + more
     return None
 
 
@@ -157,8 +162,11 @@ def binary(view: TermGraph, name: str, a: Any, b: Any, dtype: torch.dtype) -> An
         gated = _silu_from_sigmoid(view, a, b)
         if gated is not None:
             return gated
-    if name == "div" and isinstance(b, Term) and isinstance(a, Term) and _one_plus_exp_neg(b) is a:
-        return view.make("silu", (a,), dtype)
+    if name == "div" and isinstance(b, Term) and isinstance(a, Term):
+        denominator = _one_plus_exp_neg(b)
+        if denominator is not None and denominator[0] is a:
+            drift = (*denominator[1], Drift(Numerics.ACCURATE, _SILU_WRITTEN_OUT))
+            return view.make("silu", (a,), dtype, drift)
     if name == "div" and a == 1 and isinstance(b, Term):
         return unary(view, "reciprocal", b)
     return view.make(name, (a, b), dtype)
@@ -168,6 +176,7 @@ def _silu_from_sigmoid(view: TermGraph, a: Term, b: Term) -> Term | None:
     for x, gate in ((a, b), (b, a)):
         inner, drift = rounding_removed(gate)
         if inner.op == "sigmoid" and inner.args[0] is x:
+            drift += inner.drift
             drift += (Drift(Numerics.ACCURATE, "silu(x) for x * sigmoid(x): last bit of float32"),)
             return view.make("silu", (x,), x.dtype, drift)
     return None

@@ -118,7 +118,7 @@ def _exact(value: Any, dtype: torch.dtype) -> bool:
 def _per_channel(e: Emitter, value: Any, size: Size, dtype: torch.dtype) -> fx.Node:
     """``value`` as [H], as the operator wants it also where it is one number."""
     if not isinstance(value, Term):
-        return e.call(torch.ops.aten.full.default, e.sizes((size,)), value, dtype=dtype)
+        return e.full(e.sizes((size,)), value, dtype)
     source = _source(value)
     node = e.term(source, dtype)
     last = source.shape[-1] if source.shape else 1

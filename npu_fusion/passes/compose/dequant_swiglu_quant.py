@@ -33,14 +33,15 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
+from npu_fusion.passes.compose._swiglu_quantized import Activated, activated, swiglu_inside
 from npu_fusion.passes.lift.dequant import Dequantized, available, dequantized, raw, token_scale, weight_scale
-from npu_fusion.passes.lift.dynamic_quant import OPERATOR, Quantized, channel, quantization
-from npu_fusion.passes.lift.quantize import along_last, given_scale, scale_and_offset
-from npu_fusion.passes.lift.swiglu import Gated, even, gated
+from npu_fusion.passes.lift.dynamic_quant import OPERATOR, Quantized
+from npu_fusion.passes.lift.quantize import along_last, scale_and_offset
+from npu_fusion.passes.lift.swiglu import Gated, even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Term
-from npu_fusion.passes.walk import Walk, dtype_name, operands
+from npu_fusion.passes.walk import Walk, dtype_name
 from npu_fusion.targets import TARGETS
 
 aten = torch.ops.aten
@@ -56,17 +57,10 @@ class DequantSwiGLUQuant(Fusion):
     def match(self, term: Term, context: Context) -> Match | Refused | None:
         if term.op == "round" or (term.op == "cast" and term.dtype not in (torch.int8, torch.uint8)):
             return _fake_quantized(term, context)
-        quantized = _quantized(term, context)
-        if quantized is None:
-            return None
-        if isinstance(quantized, Refused):
-            return quantized if _swiglu_inside(term, context) else None
-        walk = Walk(context.sizes, quantized.drift)
-        value, smooth = _smoothing(quantized.x, walk, context)
-        glu = gated(value, context)
-        if not isinstance(glu, Gated):
-            return glu
-        walk.drift.extend(glu.drift)
+        middle = activated(term, context)
+        if not isinstance(middle, Activated):
+            return middle
+        quantized, glu, smooth, walk = middle.quantized, middle.glu, middle.smooth, middle.walk
         found = dequantized(glu.x, walk, context)
         if isinstance(found, Refused):
             return found
@@ -82,23 +76,6 @@ class DequantSwiGLUQuant(Fusion):
         return (
             limits if limits is not None else _replacement(term, found, glu, quantized, smooth, walk, context)
         )
-
-
-def _quantized(term: Term, context: Context) -> Quantized | Refused | None:
-    if term.op == "npu.npu_quantize.default":
-        return given_scale(term, context)
-    return quantization(term, context)
-
-
-def _smoothing(x: Term, walk: Walk, context: Context) -> tuple[Term, Term | None]:
-    """``x`` without a factor per channel on top of the SwiGLU, and that factor."""
-    x = walk.value(x)
-    if x.op == "mul" and isinstance(x.args[1], Term) and gated(x, context) is None:
-        for value, factor in operands(x):
-            smooth = channel(factor, x.shape[-1], context)
-            if smooth is not None:
-                return walk.value(value), smooth
-    return x, None
 
 
 def _hardware(found: Dequantized, context: Context) -> Refused | None:
@@ -203,21 +180,6 @@ def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:
     return {"quant_scale": scale, "quant_offset": offset}
 
 
-def _swiglu_inside(term: Term, context: Context) -> bool:
-    """Does a refused quantization quantize a SwiGLU? (Otherwise the refusal is not this fusion's.)"""
-    pending, seen = [term], set()
-    while pending and len(seen) < 40:
-        found = pending.pop()
-        if found in seen:
-            continue
-        seen.add(found)
-        if isinstance(gated(found, context), Gated):
-            return True
-        if found.op not in ("int_mm", "mm", "bmm", "input"):
-            pending.extend(a for a in found.args if isinstance(a, Term))
-    return False
-
-
 def _fake_quantized(term: Term, context: Context) -> Refused | None:
     """Rounded to the int8 grid but multiplied back: the next matmul is a floating one."""
     rounded = term if term.op == "round" else term.args[0]
@@ -228,7 +190,7 @@ def _fake_quantized(term: Term, context: Context) -> Refused | None:
     back = [f for f in followers if isinstance(f, Term) and f.op in ("mul", "clamp", "sub")]
     if not back or len(back) < len(followers) or not _scaled_back(back, context):
         return None
-    if not _swiglu_inside(rounded, context):
+    if not swiglu_inside(rounded, context):
         return None
     return Refused("quantized and dequantized again: the next matmul is a floating one", "", (term,))
 

@@ -24,7 +24,7 @@ from npu_fusion.passes.checks import Sizes, Truth
 from npu_fusion.passes.lift.dynamic_quant import channel
 from npu_fusion.passes.pattern import Context, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import LOW_PRECISION, Size, Term, sizes_of
+from npu_fusion.passes.terms import LOW_PRECISION, Size, Term, TermGraph, sizes_of
 from npu_fusion.passes.walk import Walk, dtype_name, operands
 
 aten = torch.ops.aten
@@ -107,6 +107,7 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
         found.numbers.append(b)
         found.order.append("number")
         return refused
+    a, b = (_expanded_last(t, context.view) for t in (a, b))
     # Without one of the two the other alone has the full shape; when both have, scales were premultiplied.
     for full, factor in ((a, b), (b, a)):
         kind = _kind(factor, term.shape, context.sizes)
@@ -117,10 +118,11 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
     for full, scales in ((a, b), (b, a)):
         inner = walk.value(scales)
         if inner.op == "mul" and isinstance(inner.args[1], Term):
-            kinds = [_kind(t, term.shape, context.sizes) for t in inner.args]
+            factors = [_expanded_last(t, context.view) for t in inner.args]
+            kinds = [_kind(t, term.shape, context.sizes) for t in factors]
             if None not in kinds:
                 refused = _factors(full, found, walk, context)
-                for kind, factor in zip(kinds, inner.args, strict=True):
+                for kind, factor in zip(kinds, factors, strict=True):
                     _add(str(kind), factor, found)
                 found.order.append("premultiplied")
                 return refused
@@ -140,6 +142,14 @@ def _converted(term: Term, walk: Walk) -> Term | None:
         walk.note(Numerics.ACCURATE, f"the int32 product is not rounded to {dtype_name(inner.dtype)}")
         inner = walk.rows(inner.args[0])
     return inner if inner.dtype == torch.int32 else None
+
+
+def _expanded_last(term: Term, view: TermGraph) -> Term:
+    """``expand(to(x, d), shape)`` for ``to(expand(x, shape), d)``."""
+    if term.op == "cast" and term.args[0].op == "expand":
+        base, shape = term.args[0].args
+        return view.make("expand", (view.cast(base, term.dtype), shape), term.dtype)
+    return term
 
 
 def _unexpanded(term: Term) -> Term:
@@ -169,20 +179,27 @@ def _add(kind: str, factor: Term, found: Dequantized) -> None:
 
 
 def raw(term: Term) -> Term:
-    """The tensor that a widened value was widened from, where nothing holds the widened one."""
-    return term.args[0] if term.op == "cast" and not term.nodes else term
+    """The 16-bit tensor that a widened value was widened from, where nothing holds the widened one."""
+    narrow = term.op == "cast" and not term.nodes and term.args[0].dtype in LOW_PRECISION
+    return term.args[0] if narrow else term
 
 
-def weight_scale(e: Emitter, found: Dequantized, x: fx.Node, size: Size) -> fx.Node:
-    """One float32 factor per channel out of all factors that are not per token."""
-    parts = [e.view(e.term(t, torch.float32), (size,)) for t in found.per_channel]
+def channel_scale(e: Emitter, found: Dequantized) -> fx.Node:
+    """One float32 factor per channel, or one for all, out of all factors that are not per token."""
+    parts = [e.view(e.term(t, torch.float32), (t.shape[-1],)) for t in found.per_channel]
     parts += [e.view(e.term(n, torch.float32), (1,)) for n in found.numbers if isinstance(n, Term)]
     literals = [float(n) for n in found.numbers if not isinstance(n, Term)]
     if not parts:
-        parts.append(e.call(aten.full.default, [1], literals.pop(0), dtype=torch.float32))
+        parts.append(e.full([1], literals.pop(0)))
     total = parts[0]
     for part in (*parts[1:], *literals):
         total = e.call(aten.mul.Tensor, total, part)
+    return total
+
+
+def weight_scale(e: Emitter, found: Dequantized, x: fx.Node, size: Size) -> fx.Node:
+    """:func:`channel_scale`, one factor for each of the ``size`` channels in any case."""
+    total = channel_scale(e, found)
     if sizes_of(total.meta["val"].shape) == (1,) and size != 1:
         total = e.call(aten.expand.default, total, [e.size(x, len(x.meta["val"].shape) - 1)])
     return total

@@ -80,7 +80,7 @@ class Quantize(Fusion):
             x = x.args[0]
         if not buildable(x):
             return Refused("no node holds the value that is quantized", "", (term,))
-        if context.config.target is not None and x.dtype not in (torch.float32, *LOW_PRECISION):
+        if x.dtype not in (torch.float32, *LOW_PRECISION):
             return Refused("npu_quantize takes float16, bfloat16 and float32", dtype_name(x.dtype), (term,))
 
         def build(e: Emitter) -> list[fx.Node]:
@@ -112,4 +112,4 @@ def _vector(e: Emitter, value: Any) -> fx.Node:
         while value.op == "expand":
             value = value.args[0]
         return e.view(e.term(value, torch.float32), (product(value.shape),))
-    return e.call(torch.ops.aten.full.default, [1], float(value), dtype=torch.float32)
+    return e.full([1], value)

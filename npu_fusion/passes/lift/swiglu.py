@@ -181,7 +181,7 @@ class SwiGLU(Fusion):
                     (outer,),
                 )
             x = short
-        if context.config.target is not None and x.dtype not in (torch.float32, *LOW_PRECISION):
+        if x.dtype not in (torch.float32, *LOW_PRECISION):
             return Refused("npu_swiglu takes float16, bfloat16 and float32", dtype_name(x.dtype), (outer,))
 
         def build(e: Emitter) -> list[fx.Node]:

@@ -1,0 +1,206 @@
+"""An int8 matrix product, dequantized and rounded to 16 bits.
+
+::
+
+    %p = _int_mm(%q, %w)                             %y = npu_quant_matmul(%q, %w, %weight_scale,
+    %f = to(%p, f32)                                          pertoken_scale=%token_scale, bias=%b,
+    %d = mul(mul(%f, %weight_scale), %token_scale)   ->       output_dtype=bf16)
+    %y = to(add(%d, %b), bf16)
+
+Also ``mm`` of widened operands, ``out_dtype(mm)``, any order of the scales, one number in their place, an
+int32 bias before them, roundings in between. The last 16-bit value of such a chain is what is replaced.
+
+Conditions: int8 operands; a scale per output channel or for all; a 16-bit result (the operator returns no
+float32); nobody else reads what is in between. ``strict`` where the source is the operator's own arithmetic,
+``((product [+ int bias]) * channel * token [+ float bias])`` in float32 with one rounding.
+
+A product that is used as int32 stays as it is: the operator demands a scale even where it ignores it. For a
+float16 result without a scale per token the operator takes float32 scales in no graph mode, only packed ones
+with ten bits of mantissa; a scale of one per token avoids both and changes nothing.
+
+Source: torch_npu documentation of npu_quant_matmul (table of dtype combinations).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from npu_fusion.passes.lift.dequant import (
+    Dequantized,
+    channel_scale,
+    dequantized,
+    raw,
+    token_scale,
+)
+from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
+from npu_fusion.passes.rewrite import Emitter
+from npu_fusion.passes.terms import LOW_PRECISION, Term
+from npu_fusion.passes.walk import Walk, buildable, dtype_name
+from npu_fusion.targets import TARGETS
+
+aten = torch.ops.aten
+_QUANT_MATMUL = torch.ops.npu.npu_quant_matmul.default
+
+_OUTPUT_DTYPE = {torch.float16: 5, torch.bfloat16: 15}
+"""ScalarType values."""
+
+
+class QuantMatmul(Fusion):
+    name = "quant_matmul"
+    operator = "npu_quant_matmul"
+    anchors: ClassVar = ("cast", "mul", "add")
+    priority = 45
+    stage = "lift"
+
+    def match(self, term: Term, context: Context) -> Match | Refused | None:
+        if term.dtype == torch.float32 and term.op != "cast":
+            return _float32(term, context)
+        if term.dtype not in LOW_PRECISION or term.op != "cast":
+            return None
+        recognized = _recognized(term, context)
+        if recognized is None or _goes_on(term, context):
+            return None
+        found, walk = recognized
+        if found.bias is not None and not buildable(raw(found.bias)):
+            return Refused("no node holds the bias", "", (term,))
+        return _replacement(term, found, walk, context)
+
+
+def _recognized(term: Term, context: Context) -> tuple[Dequantized, Walk] | None:
+    """The parts of a dequantized product, where ``term`` is one (before its last rounding or after it)."""
+    key = (_recognized, term)
+    if key not in context.memo:
+        context.memo[key] = _take_apart(term, context)
+    return context.memo[key]
+
+
+def _take_apart(term: Term, context: Context) -> tuple[Dequantized, Walk] | None:
+    walk = Walk(context.sizes)
+    value = walk.rows(term.args[0]) if term.op == "cast" else term
+    if value.op not in ("mul", "add") or value.dtype != torch.float32:
+        return None
+    found = dequantized(value, walk, context)
+    if isinstance(found, Refused):
+        return None
+    product = found.product
+    assert product is not None
+    if product.op != "int_mm" or any(t.dtype != torch.int8 or not buildable(t) for t in product.args):
+        return None
+    return None if _has_operator(value, product, term, context) else (found, walk)
+
+
+def _has_operator(value: Term, product: Term, outer: Term, context: Context) -> bool:
+    """Is a part of the chain above the product already an npu_quant_matmul, the model's or ours?"""
+    pending, seen = [outer, value], {product}
+    while pending:
+        term = pending.pop()
+        if term in seen:
+            continue
+        seen.add(term)
+        if any(n.target is _QUANT_MATMUL or n in context.rewriter.made for n in term.nodes):
+            return True
+        if term.op in ("cast", "view", "mul", "add"):
+            pending.extend(a for a in term.args if isinstance(a, Term))
+    return False
+
+
+def _readers(term: Term, context: Context) -> set[Term]:
+    """What is computed from a value directly; None of the terms stands for a reader of another kind."""
+    dead, of = context.rewriter.dead, context.view.of
+    readers = {of.get(u) for n in term.nodes for u in n.users if u not in dead}
+    readers.discard(term)  # copies
+    return readers
+
+
+def _goes_on(term: Term, context: Context) -> bool:
+    """Is this 16-bit value only a step to another one that the operator can give as well?"""
+    current = term
+    while True:
+        readers = _readers(current, context)
+        if len(readers) != 1:
+            return False
+        (current,) = readers
+        if not isinstance(current, Term):
+            return False
+        if current.op == "cast" and current.dtype in LOW_PRECISION:
+            recognized = _recognized(current, context)
+            return recognized is not None and all(
+                d.level <= context.config.level for d in recognized[1].drift
+            )
+        if current.op not in ("view", "cast", "mul", "add"):
+            return False
+
+
+def _float32(term: Term, context: Context) -> Refused | None:
+    """A dequantized product that is used in float32, reported at its last operation."""
+    if not term.nodes or _recognized(term, context) is None:
+        return None
+    pending, seen = [term], {term}
+    while pending:
+        for reader in _readers(pending.pop(), context):
+            if not isinstance(reader, Term) or reader in seen:
+                continue
+            seen.add(reader)
+            if reader.op == "cast" and reader.dtype in LOW_PRECISION:
+                return None  # judged there
+            if reader.op in ("mul", "add") and _recognized(reader, context) is not None:
+                return None
+            if reader.op == "view":
+                pending.append(reader)
+    return Refused("npu_quant_matmul returns 16-bit floats", "the product is used in float32", (term,))
+
+
+def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -> Match:
+    product, bias, dtype = found.product, found.bias, term.dtype
+    assert product is not None and dtype is not None
+    x1, x2 = product.args
+    given = [x1, x2, bias, *found.per_channel, *found.per_token, *found.numbers]
+    constraints = []
+    if context.config.target is not None:
+        most = TARGETS[context.config.target].quant_matmul_width
+        for size in (x1.shape[-1], x2.shape[-1]):
+            constraints.append(
+                Constraint(
+                    context.sizes.at_most(size, most),
+                    f"the last dimension is larger than {most}",
+                    f"it is {size}",
+                )
+            )
+
+    def build(e: Emitter) -> list[fx.Node]:
+        rows = e.term(x1)
+        arguments: dict[str, Any] = {}
+        if found.per_token:
+            arguments["pertoken_scale"] = token_scale(e, found.per_token)
+        elif dtype == torch.float16:
+            arguments["pertoken_scale"] = e.full([e.size(rows, 0)], 1.0)
+        if bias is not None:
+            arguments["bias"] = e.view(_bias(e, bias, dtype), (product.shape[-1],))
+        scale = _scale(e, found, dtype)
+        call = e.call(_QUANT_MATMUL, rows, e.term(x2), scale, **arguments, output_dtype=_OUTPUT_DTYPE[dtype])
+        return [call]
+
+    inputs = [t for t in given if isinstance(t, Term)]
+    return Match(inputs, [[term]], build, walk.drift, constraints)
+
+
+def _scale(e: Emitter, found: Dequantized, dtype: torch.dtype) -> fx.Node:
+    """float32, or bfloat16 as it is stored where the result is bfloat16."""
+    factors = [*found.per_channel, *found.numbers]
+    if len(factors) == 1 and isinstance(factors[0], Term):
+        narrow = raw(factors[0])
+        if narrow.dtype == dtype == torch.bfloat16:
+            last = narrow.shape[-1] if found.per_channel else 1
+            return e.view(e.term(narrow), (last,))
+    return channel_scale(e, found)
+
+
+def _bias(e: Emitter, bias: Term, dtype: torch.dtype) -> fx.Node:
+    """int32, float32, or the dtype of the result."""
+    narrow = raw(bias)
+    if narrow.dtype in (torch.int32, dtype):
+        return e.term(narrow)
+    return e.term(bias, torch.float32)
