@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^\*\*`(?P<path>[\w/]+\.py)`\*\*\n\n```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^\*\*`(?P<path>[\w/]+\.py)`\*\*\n\n```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 FLAG = re.compile(r"^```python\n(?P<flag>    \w+: bool = True\n)```$", re.MULTILINE)
 
 

@@ -181,12 +181,15 @@ class Fusion(ABC):
             results = found.build(emitter)
             new: list[tuple[fx.Node, fx.Node]] = []
             for nodes, result in zip(outputs, results, strict=True):
+                shaped: dict[Any, fx.Node] = {}
                 for node in nodes:
                     if all(u in region.nodes for u in rewriter.live_users(node)):
                         continue
                     value = node.meta["val"]
-                    shaped = emitter.view(emitter.cast(result, value.dtype), sizes_of(value.shape))
-                    new.append((node, shaped))
+                    form = (value.dtype, sizes_of(value.shape))
+                    if form not in shaped:
+                        shaped[form] = emitter.view(emitter.cast(result, form[0]), form[1])
+                    new.append((node, shaped[form]))
             if context.config.verify:
                 verify(self.name, region, new, emitter, _level(found.drift))
             for old, replacement in new:

@@ -67,6 +67,7 @@ def run(
     started = time.perf_counter()
     report = FusionReport(graph=name, host=host, dry_run=config.dry_run, began=started)
     report.operators_before = operators(graph)
+    report.timing["count"] = time.perf_counter() - started
     if keep_stages:
         report.stages.append(("before", readable(graph)))
     if not inference:
@@ -74,7 +75,6 @@ def run(
             Refusal("all", "the graph is traced for training", "run the model under torch.no_grad()")
         )
     else:
-        report.timing["count"] = time.perf_counter() - started
         _run_stages(graph, config, report, decomposed, keep_stages)
     report.operators_after = operators(graph) if report.fusions and not config.dry_run else report.operators_before
     return report
@@ -105,7 +105,8 @@ def _run_stages(
     if not report.fusions or config.dry_run:
         return
     started = clock()
-    order = {n.name: i for i, n in enumerate(graph.nodes)} if keep_stages else {}
+    order = {node.name: position for position, node in enumerate(graph.nodes)}
+    report.fusions.sort(key=lambda fused: order[fused.nodes[-1]])
     try:
         rewriter.commit()
     except Exception as error:
@@ -114,8 +115,7 @@ def _run_stages(
         _failed("clean up", error, config, report)
         return
     report.timing["clean up"] = clock() - started
-    if order:
-        report.fusions.sort(key=lambda f: order.get(f.nodes[-1], 0))
+    if keep_stages:
         report.stages.append(("after", readable(graph)))
 
 

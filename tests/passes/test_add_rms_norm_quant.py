@@ -43,7 +43,7 @@ def with_zero_point(y: Tensor, s: Tensor) -> Tensor:
 
 
 def with_zero_points(y: Tensor, s: Tensor) -> Tensor:
-    return int8(y.float() * s + (s * 100).floor())
+    return int8(y.float() * s + (s / 5).floor())
 
 
 def one_number(y: Tensor, s: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def _smoothing(x: Term, walk: Walk, context: Context) -> tuple[Term, Term | None
 
 def swiglu_inside(term: Term, context: Context) -> bool:
     """Does a refused quantization quantize a SwiGLU? (Otherwise the refusal is not this fusion's.)"""
-    pending, seen = [term], set()
+    pending: list[Term] = [term]
+    seen: set[Term] = set()
     while pending and len(seen) < 40:
         found = pending.pop()
         if found in seen:

@@ -38,7 +38,7 @@ from npu_fusion.passes.lift.dequant import (
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term
-from npu_fusion.passes.walk import Walk, buildable, dtype_name
+from npu_fusion.passes.walk import Walk, buildable
 from npu_fusion.targets import TARGETS
 
 aten = torch.ops.aten
@@ -74,7 +74,8 @@ def _recognized(term: Term, context: Context) -> tuple[Dequantized, Walk] | None
     key = (_recognized, term)
     if key not in context.memo:
         context.memo[key] = _take_apart(term, context)
-    return context.memo[key]
+    recognized = context.memo[key]
+    return None if recognized is None or _has_operator(term, recognized[0], context) else recognized
 
 
 def _take_apart(term: Term, context: Context) -> tuple[Dequantized, Walk] | None:
@@ -89,12 +90,13 @@ def _take_apart(term: Term, context: Context) -> tuple[Dequantized, Walk] | None
     assert product is not None
     if product.op != "int_mm" or any(t.dtype != torch.int8 or not buildable(t) for t in product.args):
         return None
-    return None if _has_operator(value, product, term, context) else (found, walk)
+    return found, walk
 
 
-def _has_operator(value: Term, product: Term, outer: Term, context: Context) -> bool:
+def _has_operator(term: Term, found: Dequantized, context: Context) -> bool:
     """Is a part of the chain above the product already an npu_quant_matmul, the model's or ours?"""
-    pending, seen = [outer, value], {product}
+    pending = [term]
+    seen = {found.product, found.bias, *found.per_channel, *found.per_token, *found.numbers}
     while pending:
         term = pending.pop()
         if term in seen:
@@ -107,8 +109,8 @@ def _has_operator(value: Term, product: Term, outer: Term, context: Context) -> 
     return False
 
 
-def _readers(term: Term, context: Context) -> set[Term]:
-    """What is computed from a value directly; None of the terms stands for a reader of another kind."""
+def _readers(term: Term, context: Context) -> set[Any]:
+    """The terms that are computed from a value directly; None or a tuple for a reader that has no term."""
     dead, of = context.rewriter.dead, context.view.of
     readers = {of.get(u) for n in term.nodes for u in n.users if u not in dead}
     readers.discard(term)  # copies
@@ -127,11 +129,13 @@ def _goes_on(term: Term, context: Context) -> bool:
             return False
         if current.op == "cast" and current.dtype in LOW_PRECISION:
             recognized = _recognized(current, context)
-            return recognized is not None and all(
-                d.level <= context.config.level for d in recognized[1].drift
-            )
+            return recognized is not None and _allowed(recognized[1], context)
         if current.op not in ("view", "cast", "mul", "add"):
             return False
+
+
+def _allowed(walk: Walk, context: Context) -> bool:
+    return all(drift.level <= context.config.level for drift in walk.drift)
 
 
 def _float32(term: Term, context: Context) -> Refused | None:
@@ -155,20 +159,16 @@ def _float32(term: Term, context: Context) -> Refused | None:
 
 def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -> Match:
     product, bias, dtype = found.product, found.bias, term.dtype
-    assert product is not None and dtype is not None
+    assert product is not None
+    assert dtype is not None
     x1, x2 = product.args
     given = [x1, x2, bias, *found.per_channel, *found.per_token, *found.numbers]
-    constraints = []
+    constraints: list[Constraint] = []
     if context.config.target is not None:
         most = TARGETS[context.config.target].quant_matmul_width
         for size in (x1.shape[-1], x2.shape[-1]):
-            constraints.append(
-                Constraint(
-                    context.sizes.at_most(size, most),
-                    f"the last dimension is larger than {most}",
-                    f"it is {size}",
-                )
-            )
+            reason = f"the last dimension of an operand is larger than {most}"
+            constraints.append(Constraint(context.sizes.at_most(size, most), reason, f"it is {size}"))
 
     def build(e: Emitter) -> list[fx.Node]:
         rows = e.term(x1)

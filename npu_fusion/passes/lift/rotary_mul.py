@@ -36,8 +36,8 @@ from npu_fusion.passes.checks import Sizes, Truth
 from npu_fusion.passes.lift.swiglu import even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, TermGraph
-from npu_fusion.passes.walk import Walk, buildable, dtype_name, narrow, operands, rounded
+from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, TermGraph, representable
+from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands, rounded
 from npu_fusion.targets import TARGETS
 
 RANK = 4
@@ -220,8 +220,8 @@ def arguments(found: Rotation, term: Term, context: Context) -> Arguments | Refu
     output = rounded(term, context)
     factors = [_unexpanded(found.cos), _unexpanded(found.sin)]
     given = [found.x, *factors]
-    short = [narrow(t, output.dtype) for t in given]
-    x, cos, sin = (t for t in short if t is not None) if None not in short else given
+    fit = all(representable(t, output.dtype) for t in given)
+    x, cos, sin = (context.view.cast(t, output.dtype) for t in given) if fit else given
     if x.dtype not in FLOATS:
         return Refused("the operator takes float16, bfloat16 and float32", dtype_name(x.dtype), (term,))
     if len(x.shape) > RANK:
