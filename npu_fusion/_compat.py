@@ -38,13 +38,6 @@ def find_fake_mode(graph: fx.Graph) -> Any:
     return None
 
 
-def stable_topological_sort(graph: fx.Graph) -> None:
-    """Order nodes after their inputs, changing as little as possible."""
-    from torch._inductor.pattern_matcher import stable_topological_sort as sort
-
-    sort(graph)
-
-
 def hint(value: Any) -> Any:
     """The number that a symbolic size was traced with; other values as they are."""
     if isinstance(value, torch.SymInt):

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md works: its files, added to a copy of the package, pass their own tests."""
+"""The worked example of CONTRIBUTING.md works: added to a copy of the package, its files pass its tests."""
 
 from __future__ import annotations
 

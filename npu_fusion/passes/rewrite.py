@@ -30,6 +30,26 @@ class RewriteError(RuntimeError):
     """A replacement that cannot be put into the graph as built."""
 
 
+def order(graph: fx.Graph) -> None:
+    """Put every node after its inputs: those that come too late move before their first user, the rest stay."""
+    placed: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        pending, begun = [node], set()
+        while pending:
+            top = pending[-1]
+            late = [n for n in top.all_input_nodes if n not in placed]
+            if not late:
+                pending.pop()
+                if top is not node and top not in placed:
+                    node.prepend(top)
+                placed.add(top)
+            elif top not in begun:
+                begun.add(top)
+                pending.extend(late)
+            else:
+                raise RewriteError(f"{top.name} depends on itself")
+
+
 class Rewriter:
     """All changes that one pipeline run makes to one graph."""
 
@@ -91,7 +111,7 @@ class Rewriter:
     def commit(self) -> None:
         """Order the graph, drop what is no longer used, and check the result."""
         if self.needs_sort:
-            _compat.stable_topological_sort(self.graph)
+            order(self.graph)
         self.graph.lint()  # while everything can still be taken back
         for node in sorted([*self.dead, *self._added], reverse=True):
             self._erase_unused(node)
@@ -122,7 +142,7 @@ class Rewriter:
             node = pending.pop()
             if node.users or node._erased or node.op != "call_function":
                 continue
-            if node.is_impure() and node not in self.dead:  # a retired one only checks what is gone
+            if node not in self.dead and node.is_impure():  # a retired one only checks what is gone
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)

@@ -97,7 +97,11 @@ def size_of(value: int | torch.SymInt) -> Size:
 
 
 def sizes_of(shape: Iterable[int | torch.SymInt]) -> tuple[Size, ...]:
-    return tuple(s if type(s) is int else size_of(s) for s in shape)
+    sizes = tuple(shape)
+    for size in sizes:
+        if type(size) is not int:
+            return tuple(size_of(s) for s in sizes)
+    return sizes  # type: ignore[return-value]  # no symbol among them
 
 
 # Operators whose result has the shape of their (broadcast) operands.

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
 from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
 from torch._inductor.virtualized import V
 
-from npu_fusion.config import FusionConfig
+from npu_fusion.config import FusionConfig, fusion_flags
 from npu_fusion.passes import pipeline
 from npu_fusion.report import FusionReport
 
@@ -100,3 +100,8 @@ def fuse(
         result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
     assert len(reports) == 1
     return Outcome(reports[0], expected, result, code[0], before[0])
+
+
+def fuse_only(name: str, fn: Callable[..., Any], args: Sequence[Any], **options: Any) -> Outcome:
+    """:func:`fuse` with every other fusion switched off, so that what is not fused is eager's to the bit."""
+    return fuse(fn, args, **{flag: flag == name for flag in fusion_flags()}, **options)

@@ -268,11 +268,15 @@ class Spelling:
         return h * smooth.double() if self.smooth else h
 
 
-def error(result: tuple[Tensor, ...], exact: Tensor) -> float:
-    """Mean distance of what (y, scale) stand for from the exact value, in steps of the quantization."""
+def error(result: tuple[Tensor, ...], spelling: Spelling, args: list[Tensor]) -> float:
+    """Mean distance of what the int8 values stand for from the exact value, in steps of the quantization."""
+    exact = spelling.oracle(args)
+    if spelling.static is not None:
+        steps = STATIC[spelling.static](exact, args[-1].double()).clamp(-128, 127)
+        return float((result[0].double() - steps).abs().mean())
     y, scale = result
-    exact_scale = exact.abs().amax(-1, keepdim=True) / 127
-    return float(((y.double() * scale.double().reshape(exact_scale.shape) - exact) / exact_scale).abs().mean())
+    step = exact.abs().amax(-1, keepdim=True) / 127
+    return float(((y.double() * scale.double().reshape(step.shape) - exact) / step).abs().mean())
 
 
 def one_by_one() -> list[Spelling]:

@@ -242,7 +242,9 @@ def test_rstd_of_the_called_operator_is_used() -> None:
     got = fuse(block, data(torch.bfloat16))
     assert got.fused == {}
     (reason,) = got.reasons("add_rms_norm")
-    assert reason.startswith("an intermediate value that the fused operator does not return has a second user")
+    assert reason.startswith(
+        "an intermediate value that the fused operator does not return has a second user"
+    )
     for result, expected in zip(got.result, got.expected, strict=True):
         assert torch.equal(result, expected)
 

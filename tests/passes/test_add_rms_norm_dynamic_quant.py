@@ -79,7 +79,14 @@ def check(got: Outcome, rows: Tensor) -> None:
     assert got.fused == FUSED
     after = got.report.operators_after
     assert after["npu.npu_add_rms_norm_dynamic_quant"] == 1
-    gone = {"aten.rsqrt", "aten.mean", "aten.round", "aten.amax", "npu.npu_add_rms_norm", "npu.npu_dynamic_quant"}
+    gone = {
+        "aten.rsqrt",
+        "aten.mean",
+        "aten.round",
+        "aten.amax",
+        "npu.npu_add_rms_norm",
+        "npu.npu_dynamic_quant",
+    }
     assert not gone & set(after)
     (q, scale, total), (expected, expected_scale, expected_total) = got.result, got.expected
     assert q.dtype == torch.int8
@@ -168,7 +175,9 @@ def test_the_normalized_value_is_read_elsewhere() -> None:
     got = fuse(fn, data(torch.bfloat16))
     assert got.fused == {"npu_add_rms_norm": 1}
     (reason,) = got.reasons("add_rms_norm_dynamic_quant")
-    assert reason.startswith("an intermediate value that the fused operator does not return has a second user")
+    assert reason.startswith(
+        "an intermediate value that the fused operator does not return has a second user"
+    )
     assert torch.allclose(got.result[2].float(), got.expected[2].float(), rtol=2**-6)
 
 

@@ -182,7 +182,9 @@ def test_the_normalized_value_is_read_elsewhere() -> None:
     got = fuse(fn, data(torch.float32))
     assert got.fused == {"npu_add_rms_norm": 1, "npu_quantize": 1}
     (reason,) = got.reasons("add_rms_norm_quant")
-    assert reason.startswith("an intermediate value that the fused operator does not return has a second user")
+    assert reason.startswith(
+        "an intermediate value that the fused operator does not return has a second user"
+    )
     for result, expected in zip(got.result, got.expected, strict=True):
         assert torch.equal(result, expected)
 

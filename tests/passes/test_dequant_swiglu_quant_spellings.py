@@ -39,13 +39,8 @@ def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor], dialec
             assert torch.equal(have, want)
         return
     assert record.level == "accurate" and record.notes
-    if spelling.static is None:
-        exact = spelling.oracle(args)
-        fused, eager = _w8a8.error(outcome.result, exact), _w8a8.error(outcome.expected, exact)
-        assert fused <= eager * 1.002 + 1e-5
-    else:
-        distance = (outcome.result[0].int() - outcome.expected[0].int()).abs()
-        assert distance.max() <= 1 and distance.float().mean() < 0.02
+    fused, eager = (_w8a8.error(r, spelling, args) for r in (outcome.result, outcome.expected))
+    assert fused <= eager * 1.002 + 1e-5
 
 
 @pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("inductor", True)])
@@ -124,7 +119,7 @@ SOME = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@settings(max_examples=25, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(SOME, st.sampled_from(("aot", "inductor")), st.booleans(), st.integers(0, 99))
 def test_any_combination(spelling: Spelling, dialect: str, dynamic: bool, seed: int) -> None:
     args = spelling.inputs(seed)
@@ -132,7 +127,7 @@ def test_any_combination(spelling: Spelling, dialect: str, dynamic: bool, seed: 
     check(spelling, outcome, args, dialect)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
+@settings(max_examples=12, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(SOME, _choices(_w8a8.STATIC), st.sampled_from(("aot", "inductor")), st.booleans())
 def test_any_combination_with_a_given_scale(spelling: Spelling, static: str, dialect: str, dynamic: bool) -> None:
     if spelling.rounded in ("round, symmetric clamp", "no clamp"):

@@ -233,6 +233,16 @@ def test_near_miss(case: str, dialect: str) -> None:
     assert torch.equal(got.result, got.expected)
 
 
+def plus_instead_of_minus(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), c, s = x.chunk(2, -1), cos[..., : D // 2], sin[..., : D // 2]
+    return torch.cat((a * c + b * s, b * c + a * s), -1)
+
+
+def unequal_halves_of_the_cosine(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), (c, d), (s, t) = (v.chunk(2, -1) for v in (x, cos, sin))
+    return torch.cat((a * c - b * s, b * d + a * t), -1)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -242,12 +252,10 @@ def test_near_miss(case: str, dialect: str) -> None:
         lambda x, cos, sin: x * cos + torch.cat((x[..., 8:], x[..., :8]), -1) * sin,
         lambda x, cos, sin: x * cos - rotate_half(x) * sin,
         lambda x, cos, sin: x * cos + torch.stack((x[..., 1::2], -x[..., ::2]), -1).flatten(-2) * sin,
-        lambda x, cos, sin: torch.cat((x[..., :8] * cos[..., :8] + x[..., 8:] * sin[..., :8], x[..., 8:]), -1),
-        lambda x, cos, sin: torch.cat(
-            (x[..., :8] * cos[..., :8] - x[..., 8:] * sin[..., :8], x[..., 8:] * cos[..., 8:] + x[..., :8] * sin[..., 8:]), -1
-        ),
+        plus_instead_of_minus,
+        unequal_halves_of_the_cosine,
     ],
-)  # fmt: skip
+)
 def test_something_else(rope: Rope) -> None:
     got = fuse(rope, data(torch.float32))
     assert got.fused == {}

@@ -244,6 +244,11 @@ def _sub(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     return NotImplemented if args[2] != 1 else _result(view, node, "sub", args[0], args[1])
 
 
+@rule(aten.rsub.Tensor, aten.rsub.Scalar)
+def _rsub(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
+    return NotImplemented if args[2] != 1 else _result(view, node, "sub", args[1], args[0])
+
+
 @rule(aten.maximum.default)
 def _maximum(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     return _result(view, node, "maximum", args[0], args[1])

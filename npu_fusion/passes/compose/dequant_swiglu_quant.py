@@ -40,7 +40,7 @@ from npu_fusion.passes.lift.quantize import along_last, scale_and_offset
 from npu_fusion.passes.lift.swiglu import Gated, even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import Term
+from npu_fusion.passes.terms import LOW_PRECISION, Term, TermGraph
 from npu_fusion.passes.walk import Walk, dtype_name
 from npu_fusion.targets import TARGETS
 
@@ -183,25 +183,25 @@ def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:
 def _fake_quantized(term: Term, context: Context) -> Refused | None:
     """Rounded to the int8 grid but multiplied back: the next matmul is a floating one."""
     rounded = term if term.op == "round" else term.args[0]
-    if rounded.op != "round":
+    key = (_fake_quantized, rounded)
+    if rounded.op != "round" or key in context.memo:
         return None
-    users = {u for n in term.nodes for u in n.users}
-    followers = [context.view.of.get(u) for u in users]
-    back = [f for f in followers if isinstance(f, Term) and f.op in ("mul", "clamp", "sub")]
-    if not back or len(back) < len(followers) or not _scaled_back(back, context):
-        return None
-    if not swiglu_inside(rounded, context):
+    context.memo[key] = True
+    if not _scaled_back(rounded, context.view) or not swiglu_inside(rounded, context):
         return None
     return Refused("quantized and dequantized again: the next matmul is a floating one", "", (term,))
 
 
-def _scaled_back(terms: list[Term], context: Context) -> bool:
-    """Do these end in a multiplication rather than in a cast to int8?"""
-    for term in terms:
-        if term.op == "mul":
-            return True
-        users = {u for n in term.nodes for u in n.users}
-        following = [context.view.of.get(u) for u in users]
-        if any(isinstance(f, Term) and f.op in ("mul", "sub") for f in following):
-            return True
-    return False
+def _scaled_back(rounded: Term, view: TermGraph) -> bool:
+    """Does every way from here lead to a multiplication, through clamps and roundings, and none to integers?"""
+    back = False
+    pending = [rounded]
+    while pending:
+        for user in view.users(pending.pop()):
+            if user.op in ("mul", "sub"):
+                back = True
+            elif user.op in ("clamp", "view") or (user.op == "cast" and user.dtype in (torch.float32, *LOW_PRECISION)):
+                pending.append(user)
+            else:
+                return False
+    return back

@@ -39,7 +39,7 @@ from npu_fusion.passes.lift.quantize import along_last, scale_and_offset
 from npu_fusion.passes.lift.swiglu import even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import LOW_PRECISION, Term
+from npu_fusion.passes.terms import LOW_PRECISION, Term, sizes_of
 from npu_fusion.passes.walk import buildable
 from npu_fusion.targets import TARGETS
 
@@ -117,7 +117,7 @@ def _replacement(x: Term, found: Activated, context: Context) -> Match:
 
 
 def _static(e: Emitter, quantized: Quantized) -> dict[str, Any]:
-    """The operator multiplies, and takes both of factor and offset or neither: [1], or [1, H] for one group."""
+    """The operator multiplies, and takes factor and offset or neither: [1], or [1, H] for one group."""
     factor, offset = scale_and_offset(e, quantized)
     if not quantized.static_inverse:
         factor = e.call(aten.reciprocal.default, factor)
@@ -127,5 +127,5 @@ def _static(e: Emitter, quantized: Quantized) -> dict[str, Any]:
 
 
 def _one_group(e: Emitter, vector: fx.Node) -> fx.Node:
-    size = vector.meta["val"].shape[0]
-    return vector if size == 1 else e.call(aten.unsqueeze.default, vector, 0)
+    single = sizes_of(vector.meta["val"].shape) == (1,)
+    return vector if single else e.call(aten.unsqueeze.default, vector, 0)

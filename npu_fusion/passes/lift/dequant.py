@@ -89,15 +89,14 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
     term = walk.value(term)
     product = _converted(term, walk)
     if product is not None:
-        if found.product is not None:
-            return Refused("two int32 tensors are multiplied with each other", "", (term,))
         found.product = product
         return None
     if term.op != "mul":
-        if term.op in ("mm", "bmm", "input"):
+        source = walk.rows(term.args[0]) if term.op == "cast" else term
+        if source.op in ("mm", "bmm", "input"):
             return Refused(
                 "there is no int32 product: the matmul is done in floating point",
-                f"{term.op} gives the value",
+                f"{source.op} gives the value",
                 (term,),
             )
         return Refused("the value before swiglu is no scaled int32 product", f"it is {term.op}", (term,))
@@ -126,6 +125,8 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
                     _add(str(kind), factor, found)
                 found.order.append("premultiplied")
                 return refused
+    if all(_converted(walk.value(t), walk) is not None for t in (a, b)):
+        return Refused("two int32 products are multiplied with each other", "", (term,))
     return Refused(
         "a scale is neither per output channel nor per token",
         f"{list(_unexpanded(a).shape)} times {list(_unexpanded(b).shape)}",

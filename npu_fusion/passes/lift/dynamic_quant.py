@@ -182,7 +182,7 @@ def _strip(term: Term, chain: _Chain) -> Term | Refused | None:
     if not chain.rounded:
         if not clamped:
             return None
-        return Refused("nothing is rounded before the cast to int8, which truncates", "", (cast,))
+        return Refused("the values are not rounded half to even before the cast to int8", "", (cast,))
     return inner
 
 
@@ -271,10 +271,13 @@ def _row_maximum(
     operand = _unexpanded(term)
     while True:
         inner, number = _scale_step(term, walk)
-        if inner is None or (number is not None and denominator is not None):
+        if inner is None:
             break
         term = inner
-        denominator = number if number is not None else denominator
+        if number is not None:
+            if denominator is not None:
+                walk.note(Numerics.ACCURATE, "the scale is divided by one number, not by two")
+            denominator = number * (1.0 if denominator is None else denominator)
     if term.op in ("amax", "amin", "sub", "neg", "maximum") and denominator is not None:
         return Refused("the quantization is asymmetric: the scale does not come from amax(abs(x))", "", (term,))
     if term.op == "add" and isinstance(term.args[1], float) and _comes_from_maximum(term.args[0], walk):

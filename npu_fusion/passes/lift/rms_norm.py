@@ -13,7 +13,7 @@ again before the weight (Hugging Face), after it, or never widened; a weight tha
 Conditions: the mean is over the last dimension alone and of the tensor that is scaled; one weight per entry
 of that dimension; epsilon is a number and added to the mean. A subtracted mean is a LayerNorm. The operator
 rounds once: ``accurate`` where the source rounds before that, takes the root otherwise than by ``rsqrt``,
-multiplies in another order, or sums the rows of a tensor that is not contiguous. :func:`normalized`
+multiplies in another order, or sums rows that are not contiguous. :func:`normalized`
 recognizes the norm for all fusions that contain one.
 
 Source: torch_npu documentation of npu_rms_norm; the spellings are those of real models.
@@ -30,11 +30,11 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.checks import Sizes, Truth, row_major
+from npu_fusion.passes.checks import Sizes, Truth
 from npu_fusion.passes.lift.dynamic_quant import channel
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused, held_by
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term
+from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, sizes_of
 from npu_fusion.passes.walk import Walk, buildable, dtype_name, narrow, operands, rounded
 
 FLOATS = (torch.float32, *LOW_PRECISION)
@@ -69,8 +69,8 @@ def normalized(term: Term, context: Context) -> Normalized | Refused | None:
     key = (normalized, term)
     if key not in context.memo:
         found = _operator(term) if term.op == "rms_norm" else _product(term, context)
-        if isinstance(found, Normalized) and not _rows_in_order(found.x):
-            what = "the squares of a tensor that is not contiguous are added in another order"
+        if isinstance(found, Normalized) and not _rows_are_contiguous(found.x):
+            what = "the squares of a row that is not contiguous are added in another order"
             note = Drift(Numerics.ACCURATE, what)
             found = Normalized(found.x, found.gamma, found.epsilon, found.inside, (*found.drift, note))
         context.memo[key] = found
@@ -86,8 +86,8 @@ def called(term: Term, *operators: str) -> bool:
     return isinstance(source, fx.Node) and getattr(source.target, "_opname", None) in operators
 
 
-def _rows_in_order(x: Term) -> bool:
-    return all(row_major(n.meta["val"]) for n in held_by(x)[:1])
+def _rows_are_contiguous(x: Term) -> bool:
+    return all(sizes_of(n.meta["val"].stride())[-1:] == (1,) for n in held_by(x)[:1])
 
 
 def _operator(term: Term) -> Normalized | Refused:

@@ -91,7 +91,7 @@ def _scaled_sigmoid(activation: Term, walk: Walk) -> float | None:
 
 
 def _halves(walk: Walk, gate: Term, up: Term, term: Term) -> Gated | Refused | None:
-    limited = [t for t in (gate, up) if t.op == "clamp" or (t.op == "add" and t.args[0].op == "clamp")]
+    limited = [t for t in (gate, up) if _limited(t, walk)]
     if limited:
         return Refused("gate or up is clamped, which swiglu_mode 0 does not do", "", (term, *limited))
     if gate.op == "half" and up.op == "half":
@@ -117,6 +117,13 @@ def _halves(walk: Walk, gate: Term, up: Term, term: Term) -> Gated | Refused | N
             (term,),
         )
     return None
+
+
+def _limited(term: Term, walk: Walk) -> bool:
+    """A clamped value, maybe plus a number."""
+    if term.op == "add" and not isinstance(term.args[1], Term):
+        term = walk.value(term.args[0])
+    return term.op == "clamp"
 
 
 def _extent(part: Term) -> str:
