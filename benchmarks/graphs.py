@@ -84,12 +84,14 @@ class _NpuLinear(nn.Module):
         self.register_buffer("weight", weight.t().contiguous())
         self.register_buffer("weight_scale", scale.flatten().bfloat16())
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
-        y = torch.ops.npu.npu_quant_matmul(
+    def rows(self, x: Tensor) -> Tensor:
+        q, scale = torch.ops.npu.npu_dynamic_quant(x)
+        return torch.ops.npu.npu_quant_matmul(
             q, self.weight, self.weight_scale, pertoken_scale=scale, output_dtype=torch.bfloat16
         )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.weight.shape[1])
 
 
 class _NpuMLP(nn.Module):
@@ -99,8 +101,8 @@ class _NpuMLP(nn.Module):
         self.down = _NpuLinear(mlp.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        return self.down(torch.ops.npu.npu_swiglu(self.gate_up(rows))).reshape(x.shape)
+        middle = torch.ops.npu.npu_swiglu(self.gate_up.rows(x.reshape(-1, x.shape[-1])))
+        return self.down.rows(middle).reshape(x.shape)
 
 
 def _use_npu_operators(layer: nn.Module) -> None:
@@ -172,9 +174,7 @@ def capture(form: str, layers: int, dynamic: bool = False) -> Captured:
     return Captured(form, layers, dynamic, gm, nodes, seconds, cpu_seconds)
 
 
-def _undecomposed(
-    gm: fx.GraphModule, inputs: Sequence[Any], keep: Callable[[fx.GraphModule], None]
-) -> Any:
+def _undecomposed(gm: fx.GraphModule, inputs: Sequence[Any], keep: Callable[[fx.GraphModule], None]) -> Any:
     def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         keep(gm)
         return make_boxed_func(gm.forward)
@@ -182,9 +182,7 @@ def _undecomposed(
     return aot_autograd(fw_compiler=compiler)(gm, inputs)
 
 
-def _decomposed(
-    gm: fx.GraphModule, inputs: Sequence[Any], keep: Callable[[fx.GraphModule], None]
-) -> Any:
+def _decomposed(gm: fx.GraphModule, inputs: Sequence[Any], keep: Callable[[fx.GraphModule], None]) -> Any:
     """What Inductor does to a graph until it calls its user's pass; no code is generated."""
     from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
     from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape

@@ -79,9 +79,10 @@ def _positive(text: str) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     try:
         from npu_fusion.demo.run import run
+
+        run(host=arguments.host, dump_dir=arguments.dump, length=arguments.bytes)
     except ImportError as error:
-        raise UsageError(f"the demo needs {error.name}: pip install npu-fusion[demo]") from error
-    run(host=arguments.host, dump_dir=arguments.dump, length=arguments.bytes)
+        raise UsageError(f"the demo needs more packages ({error}): pip install npu-fusion[demo]") from error
     return 0
 
 

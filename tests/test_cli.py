@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import npu_fusion
 from npu_fusion.cli import main
 
 FACTORY = "tests.models.w8a8:make_merged"
@@ -82,3 +85,27 @@ def test_bad_input_is_one_line_and_status_2(
     assert message in error
     assert error.startswith("npu-fusion: error: ")
     assert error.count("\n") == 1
+
+
+def test_the_demo_without_its_packages_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # what importing a missing package looks like
+    assert main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert "transformers" in error
+    assert "pip install npu-fusion[demo]" in error
+
+
+def test_without_rich_explain_prints_plain_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [m for m in sys.modules if m == "rich" or m.startswith("rich.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["explain", FACTORY]) == 0
+    assert "npu_dequant_swiglu_quant" in capsys.readouterr().out
+
+
+def test_the_command_is_installed() -> None:
+    done = subprocess.run([sys.executable, "-m", "npu_fusion.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"npu-fusion {npu_fusion.__version__}"

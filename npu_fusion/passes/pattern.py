@@ -155,9 +155,11 @@ class Fusion(ABC):
             self._refuse(term, refusal, context)
             return False
         assert isinstance(region, Region)
-        emitted = () if context.config.dry_run else self._replace(found, outputs, region, context)
         if context.config.dry_run:
-            context.rewriter.retire(region.nodes)
+            emitted: tuple[str, ...] = ()
+            context.rewriter.pretend(region.nodes, replaced)
+        else:
+            emitted = self._replace(found, outputs, region, context)
         context.report.fusions.append(
             Fused(
                 self.name,

@@ -31,7 +31,7 @@ class RewriteError(RuntimeError):
 
 
 def order(graph: fx.Graph) -> None:
-    """Put every node after its inputs: those that come too late move before their first user, the rest stay."""
+    """Put every node after its inputs: one that comes too late moves before its first user, the rest stay."""
     placed: set[fx.Node] = set()
     for node in list(graph.nodes):
         pending, begun = [node], set()
@@ -91,6 +91,12 @@ class Rewriter:
     def retire(self, nodes: Iterable[fx.Node]) -> None:
         """These nodes have been replaced: their uses no longer count."""
         self.dead.update(dict.fromkeys(nodes))
+
+    def pretend(self, nodes: frozenset[fx.Node], outputs: Iterable[fx.Node]) -> None:
+        """For a dry run: account for a replacement of ``nodes`` whose ``outputs`` stay and stand for it."""
+        read = {n for n in outputs if any(u not in nodes for u in self.live_users(n))}
+        self.made.update(read)
+        self.retire(nodes - read)
 
     def mark(self) -> tuple[int, int, int]:
         return len(self._journal), len(self._added), len(self.dead)

@@ -243,6 +243,15 @@ class TermGraph:
                         self._users.setdefault(arg, []).append(user)
         return self._users.get(term, [])
 
+    def held(self, term: Any) -> Any:
+        """``term``, or the 16-bit value that a node holds where widening that is all there is to it."""
+        if isinstance(term, Term) and not term.nodes:
+            for dtype in LOW_PRECISION:
+                short = self._table.get(("cast", (term, dtype), dtype, ()))
+                if short is not None and short.nodes and representable(term, dtype):
+                    return short
+        return term
+
     def input(self, node: fx.Node) -> Term:
         """A term that is not looked into."""
         value = node.meta.get("val")
@@ -361,9 +370,14 @@ def representable(term: Any, dtype: torch.dtype | None) -> bool:
     """Does this float32 value fit into the 16-bit ``dtype`` without rounding, by how it was made?"""
     if dtype not in LOW_PRECISION or not isinstance(term, Term) or term.dtype != torch.float32:
         return False
-    while term.op in _KEEP_PRECISION:
+    while term.op in _KEEP_PRECISION or (term.op == "clamp" and all(map(_small_integer, term.args[1:]))):
         term = term.args[0]
     return term.op == "cast" and term.args[0].dtype == dtype
+
+
+def _small_integer(bound: Any) -> bool:
+    """An open end of a clamp, or one that every 16-bit float can hold."""
+    return bound is None or (isinstance(bound, (int, float)) and bound == int(bound) and abs(bound) <= 256)
 
 
 def _is_widening(narrow: torch.dtype, wide: torch.dtype | None) -> bool:

@@ -29,6 +29,11 @@ class Walk:
     def note(self, level: Numerics, what: str) -> None:
         self.drift.append(Drift(level, what))
 
+    def took(self, step: Walk, what: str) -> None:
+        """The way that ``step`` tried was right: its drift counts, and that of ``what`` was done there."""
+        self.drift.extend(step.drift)
+        self.note(Numerics.ACCURATE, what)
+
     def seen(self, term: Term) -> Term:
         """Account for what canonicalization gave up in ``term``."""
         self.drift.extend(term.drift)

@@ -98,6 +98,14 @@ def test_model(name: str, dialect: str, dynamic: bool, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_dry_run_finds_the_same(name: str) -> None:
+    got, _ = run(name, torch.float32, "aot", False, dry_run=True)
+    assert got.fused == MODELS[name][1]
+    assert got.report.operators_after == got.report.operators_before
+    assert torch.equal(got.result, got.expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_float32_is_strict_throughout(name: str) -> None:
     got, _ = run(name, torch.float32, "aot", False, numerics="strict")
     assert got.fused == MODELS[name][1]

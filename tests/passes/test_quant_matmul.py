@@ -86,7 +86,13 @@ SCALED: dict[str, Scaled] = {
     "rounded in between": lambda p, ws, ts: (p.float() * ts).to(BF16) * ws,
     "rounded first": lambda p, ws, ts: p.to(BF16) * ws * ts,
 }
-INEXACT = ("token then channel", "premultiplied", "premultiplied first", "rounded in between", "rounded first")
+INEXACT = (
+    "token then channel",
+    "premultiplied",
+    "premultiplied first",
+    "rounded in between",
+    "rounded first",
+)
 
 
 def check(chain: Chain, outcome: Outcome, args: list[Tensor]) -> None:
@@ -102,10 +108,11 @@ def check(chain: Chain, outcome: Outcome, args: list[Tensor]) -> None:
     have, want = outcome.result, outcome.expected
     assert (have.shape, have.dtype, have.is_contiguous()) == (want.shape, want.dtype, True)
     if chain.strict:
-        assert record.level == "strict" and not record.notes
+        assert (record.level, record.notes) == ("strict", ())
         assert torch.equal(have, want)
         return
-    assert record.level == "accurate" and record.notes
+    assert record.level == "accurate"
+    assert record.notes
     exact = chain.oracle(args)
     fused, eager = ((v.double() - exact).abs() for v in (have, want))
     assert fused.mean() <= eager.mean() * 1.001
@@ -177,20 +184,25 @@ def test_the_arguments() -> None:
     outcome, _ = run(Chain(output=FP16, scaled="channel"))
     # in graph mode a float32 scale is taken for float16 results only beside a scale per token
     assert outcome.report.operators_after == {"aten.t": 1, "aten.full": 1, f"npu.{OPERATOR}": 1}
-    assert "pertoken_scale = full" in outcome.code and "output_dtype = 5" in outcome.code
+    assert "pertoken_scale = full" in outcome.code
+    assert "output_dtype = 5" in outcome.code
 
 
 def test_a_w8a8_model_has_no_matmul_of_its_own_left() -> None:
     x = torch.randn(2, 20, 64, dtype=BF16)
     outcome = fuse(merged(), [x])
     assert outcome.fused == {"npu_dynamic_quant": 1, "npu_dequant_swiglu_quant": 1, OPERATOR: 1}
-    assert outcome.report.operators_after["aten._int_mm"] == 1  # its int32 result is what the fused operator reads
+    assert (
+        outcome.report.operators_after["aten._int_mm"] == 1
+    )  # its int32 result is what the fused operator reads
     assert [f.level for f in outcome.report.fusions if f.operator == OPERATOR] == ["strict"]
     off = fuse(merged(), [x], dequant_swiglu_quant=False)
     assert off.fused == {"npu_dynamic_quant": 1, "npu_swiglu_quant": 1, OPERATOR: 2}
     assert "aten._int_mm" not in off.report.operators_after
     for have in (outcome, off):
-        torch.testing.assert_close(have.result, have.expected, rtol=0, atol=2e-2 * float(have.expected.abs().max()))
+        torch.testing.assert_close(
+            have.result, have.expected, rtol=0, atol=2e-2 * float(have.expected.abs().max())
+        )
 
 
 def test_an_integer_bias_after_the_scales_is_not_added_before_them() -> None:

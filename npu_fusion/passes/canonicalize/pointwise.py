@@ -29,7 +29,7 @@ _UNARY = {
     "neg": (aten.neg.default,),
     "exp": (aten.exp.default,),
     "abs": (aten.abs.default,),
-    "round": (aten.round.default,),
+    "round": (aten.round.default, aten.round.decimals),
     "floor": (aten.floor.default,),
     "ceil": (aten.ceil.default,),
     "trunc": (aten.trunc.default,),

@@ -51,7 +51,7 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     found = Dequantized()
     value = walk.value(x)
     if value.op == "add" and isinstance(value.args[1], Term):
-        for rest, bias in operands(value):
+        for rest, bias in _product_first(*value.args):
             vector = channel(bias, value.shape[-1], context)
             if vector is not None and len(_broadcasting(rest)) >= 2:
                 found.bias, value = vector, walk.value(rest)
@@ -63,7 +63,7 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     if product is None:
         return Refused("there is no int32 product: the matmul is done in floating point", "", (x,))
     if product.op == "add" and found.bias is None:
-        for rest, bias in operands(product):
+        for rest, bias in sorted(operands(product), key=lambda pair: walk.rows(pair[0]).op != "int_mm"):
             vector = channel(bias, product.shape[-1], context)
             if vector is not None and vector.dtype == torch.int32 and available(walk.rows(rest)):
                 found.product, found.bias = walk.rows(rest), vector
@@ -73,6 +73,25 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     if found.order not in _EXACT_ORDERS:
         walk.note(Numerics.ACCURATE, "the scales are multiplied in another order: last bit of float32")
     return found
+
+
+def _product_first(a: Term, b: Term) -> list[tuple[Term, Term]]:
+    """Both orders of two operands, first the one that starts with what the int32 product is in.
+
+    Shapes do not always tell: of a single row, everything broadcasts like a bias or a scale per channel.
+    """
+    return sorted(((a, b), (b, a)), key=lambda pair: not _holds_product(pair[0]))
+
+
+def _holds_product(term: Term) -> bool:
+    pending = [term]
+    while pending:
+        inner = pending.pop()
+        if inner.dtype == torch.int32:
+            return True
+        if inner.op in ("cast", "view", "mul"):
+            pending.extend(a for a in inner.args if isinstance(a, Term))
+    return False
 
 
 def _broadcasting(term: Any) -> tuple[Size, ...]:
@@ -108,13 +127,13 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
         return refused
     a, b = (_expanded_last(t, context.view) for t in (a, b))
     # Without one of the two the other alone has the full shape; when both have, scales were premultiplied.
-    for full, factor in ((a, b), (b, a)):
+    for full, factor in _product_first(a, b):
         kind = _kind(factor, term.shape, context.sizes)
         if kind is not None:
             refused = _factors(full, found, walk, context)
             _add(kind, factor, found)
             return refused
-    for full, scales in ((a, b), (b, a)):
+    for full, scales in _product_first(a, b):
         inner = walk.value(scales)
         if inner.op == "mul" and isinstance(inner.args[1], Term):
             factors = [_expanded_last(t, context.view) for t in inner.args]

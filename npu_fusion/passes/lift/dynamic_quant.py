@@ -119,10 +119,10 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     found = _division(inner, walk)
     if found is None:
         return None
-    x, divisor, multiplied = found
+    x, divisor = found.x, found.divisor
     if x.dtype != torch.float32:
         return Refused("the values are not float32 or 16-bit floats", dtype_name(x.dtype), (term,))
-    maximum = _row_maximum(x, divisor, multiplied, walk, context)
+    maximum = _row_maximum(found, walk, context)
     if isinstance(maximum, Refused):
         return maximum
     bounds = (chain.low, chain.high)
@@ -142,9 +142,9 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     return Quantized(
         walk.rows(x),
         term,
-        static_scale=divisor,
-        static_inverse=multiplied,
-        offset=chain.offset,
+        static_scale=context.view.held(divisor),
+        static_inverse=found.multiplied,
+        offset=context.view.held(chain.offset),
         drift=tuple(walk.drift),
     )
 
@@ -195,46 +195,70 @@ def _tighter(choose: Any, outer: Any, inner: Any) -> Any:
 
 def _quotient_first(a: Term, b: Term, walk: Walk) -> tuple[Term, Term]:
     """Of a sum's operands, the scaled values (the one of full shape) and the zero point."""
-    first, second = _unexpanded(a).shape, _unexpanded(b).shape
-    if len(first) != len(second):
-        return (a, b) if len(first) > len(second) else (b, a)
-    return (b, a) if all(s == 1 for s in first[:-1]) else (a, b)
+
+    def extent(term: Term) -> tuple[int, int]:
+        shape = _unexpanded(term).shape
+        return sum(size != 1 for size in shape), len(shape)
+
+    return (a, b) if extent(a) >= extent(b) else (b, a)
 
 
-def _division(term: Term, walk: Walk) -> tuple[Term, Any, bool] | None:
-    """(x, scale, False) for ``x / scale``; (x, factor, True) for ``x * factor``."""
+@dataclass(frozen=True)
+class _Division:
+    """``x / divisor``, or ``x * divisor``."""
+
+    x: Term
+    divisor: Any
+    applied: Any
+    """The operand that stands beside ``x``: the divisor, or what is computed of it."""
+    multiplied: bool = False
+
+
+def _division(term: Term, walk: Walk) -> _Division | None:
     if term.op == "div" and isinstance(term.args[0], Term):
         x, divisor = term.args
-        inner = walk.value(x) if isinstance(divisor, Term) else x
-        if inner.op == "mul" and inner.args[1] == 127:
-            walk.note(Numerics.ACCURATE, "x * 127 / amax is computed as x / (amax / 127)")
-            return inner.args[0], _Maximum(divisor), False
-        return x, divisor, False
+        step = Walk(walk.sizes)
+        inner = step.value(x)
+        if isinstance(divisor, Term) and inner.op == "mul" and inner.args[1] == 127:
+            walk.took(step, "x * 127 / amax is computed as x / (amax / 127)")
+            return _Division(inner.args[0], _Maximum(divisor), divisor)
+        return _Division(x, divisor, divisor)
     if term.op != "mul":
         return None
     if not isinstance(term.args[1], Term):
-        inner = walk.value(term.args[0])
+        step = Walk(walk.sizes)
+        inner = step.value(term.args[0])
         if term.args[1] == 127 and inner.op == "div":
-            walk.note(Numerics.ACCURATE, "x / amax * 127 is computed as x / (amax / 127)")
-            return inner.args[0], _Maximum(inner.args[1]), False
-        return term.args[0], term.args[1], True
+            walk.took(step, "x / amax * 127 is computed as x / (amax / 127)")
+            return _Division(inner.args[0], _Maximum(inner.args[1]), inner.args[1])
+        return _Division(*term.args, term.args[1], True)
     for x, factor in operands(term):
-        inverse = walk.value(_unexpanded(factor))
+        step = Walk(walk.sizes)
+        inverse = _behind_views(factor, step)
         if inverse.op == "reciprocal":
-            walk.note(Numerics.ACCURATE, "x * (1 / scale) is computed as x / scale")
-            return x, inverse.args[0], False
+            walk.took(step, "x * (1 / scale) is computed as x / scale")
+            return _Division(x, inverse.args[0], factor)
         if inverse.op == "div" and inverse.args[0] == 127:
-            walk.note(Numerics.ACCURATE, "x * (127 / amax) is computed as x / (amax / 127)")
-            return x, _Maximum(inverse.args[1]), False
+            walk.took(step, "x * (127 / amax) is computed as x / (amax / 127)")
+            return _Division(x, _Maximum(inverse.args[1]), factor)
         if inverse.op == "mul" and inverse.args[1] == 127:
-            reciprocal = walk.value(inverse.args[0])
+            reciprocal = _behind_views(inverse.args[0], step)
             if reciprocal.op == "reciprocal":
-                walk.note(Numerics.ACCURATE, "x * (1 / amax * 127) is computed as x / (amax / 127)")
-                return x, _Maximum(reciprocal.args[0]), False
+                walk.took(step, "x * (1 / amax * 127) is computed as x / (amax / 127)")
+                return _Division(x, _Maximum(reciprocal.args[0]), factor)
     first, second = term.args
     if len(_unexpanded(first).shape) < len(second.shape) or first.shape[-1:] == (1,):
         first, second = second, first
-    return first, second, True
+    return _Division(first, second, second, True)
+
+
+def _behind_views(term: Term, walk: Walk) -> Term:
+    """What a small factor is made of; where it is applied is checked on the factor as it stands."""
+    while True:
+        inner = walk.value(_unexpanded(term))
+        if inner.op != "view":
+            return inner
+        term = inner.args[0]
 
 
 @dataclass(frozen=True)
@@ -257,18 +281,16 @@ class _RowMaximum:
     maximum: Term
 
 
-def _row_maximum(
-    x: Term, divisor: Any, multiplied: bool, outer: Walk, context: Context
-) -> _RowMaximum | Refused | None:
+def _row_maximum(division: _Division, outer: Walk, context: Context) -> _RowMaximum | Refused | None:
     """Follow the divisor to ``amax(abs(x)) / 127``. None: it does not come from a maximum (static)."""
     walk = Walk(context.sizes)
+    x = division.x
     denominator: float | None = None
-    term = divisor
-    if isinstance(divisor, _Maximum):
-        denominator, term = 127.0, divisor.term
+    term = division.divisor
+    if isinstance(term, _Maximum):
+        denominator, term = 127.0, term.term
     if not isinstance(term, Term):
         return None
-    operand = _unexpanded(term)
     while True:
         inner, number = _scale_step(term, walk)
         if inner is None:
@@ -285,7 +307,7 @@ def _row_maximum(
     if term.op != "absmax":
         return None
     source, dims = term.args
-    if multiplied:
+    if division.multiplied:
         return Refused("the values are multiplied by their scale", "", (term,))
     if denominator != 127.0:
         given = "1" if denominator is None else f"{denominator:g}"
@@ -299,8 +321,8 @@ def _row_maximum(
         same = outer.value(x)
         if walk.value(source) is not same:
             return Refused("the scale comes from another tensor than the one quantized", "", (term,))
-    aligned = (*x.shape[:-1], 1)
-    if not context.sizes.same_shape(operand.shape, aligned):
+    operand = _unexpanded(division.applied)
+    if not context.sizes.same_shape(operand.shape, (*x.shape[:-1], 1)):
         shown = f"{list(operand.shape)} for {list(x.shape)}"
         return Refused("the scale is not applied per token", shown, (term,))
     outer.drift.extend(walk.drift)
