@@ -7,9 +7,10 @@ from npu_fusion import _compat
 _compat.require_torch()
 
 from npu_fusion._version import __version__  # noqa: E402
-from npu_fusion.kernels import reference as _reference  # noqa: E402
+from npu_fusion import kernels as _kernels  # noqa: E402
 from npu_fusion.meta_impls import _registry  # noqa: E402
 
+_kernels.load()
 _registry.register_all()
 
 from npu_fusion.backend import NpuBackend, get_npu_backend, reports  # noqa: E402

@@ -75,7 +75,7 @@ def specialize_floats(gm: fx.GraphModule) -> None:
         gm.recompile()
 
 
-def inference_aware_pass_base() -> type:
+def inference_aware_pass_base() -> Any:
     """Base class of a graph pass that Inductor tells whether the graph is for inference (torch 2.9 and later).
 
     Older versions call the pass with the graph alone.

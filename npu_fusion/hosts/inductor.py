@@ -100,14 +100,15 @@ def compile_graph(
     before = given.pop(PASS, getattr(inductor_config, PASS))
     options = {**given, PASS: FusionPass(config, name, collect, inference, before)}
     stored = _stored_report(gm, inputs, config)
-    compiled = compile_fx(gm, inputs, config_patches=options)
+    compiled: Any = compile_fx(gm, inputs, config_patches=options)
     if reports:
         _save(stored, reports[0])
         return compiled
     cached = _load(stored)
     if cached is None:
         with _compat.without_compile_caches():
-            return compile_fx(gm, inputs, config_patches={**options, "fx_graph_cache": False})
+            compiled = compile_fx(gm, inputs, config_patches={**options, "fx_graph_cache": False})
+        return compiled
     cached.graph, cached.from_cache = name, True
     record(cached)
     pipeline.check_expectation(cached, config)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from npu_fusion.config import Numerics
 from npu_fusion.passes.memory import storage_root, written_by
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 
@@ -101,7 +101,7 @@ def sizes_of(shape: Iterable[int | torch.SymInt]) -> tuple[Size, ...]:
     for size in sizes:
         if type(size) is not int:
             return tuple(size_of(s) for s in sizes)
-    return sizes  # type: ignore[return-value]  # no symbol among them
+    return sizes
 
 
 # Operators whose result has the shape of their (broadcast) operands.
@@ -377,7 +377,7 @@ def representable(term: Any, dtype: torch.dtype | None) -> bool:
 
 def _small_integer(bound: Any) -> bool:
     """An open end of a clamp, or one that every 16-bit float can hold."""
-    return bound is None or (isinstance(bound, (int, float)) and bound == int(bound) and abs(bound) <= 256)
+    return bound is None or (isinstance(bound, (int, float)) and abs(bound) <= 256 and bound == int(bound))
 
 
 def _is_widening(narrow: torch.dtype, wide: torch.dtype | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import pytest
@@ -46,7 +47,7 @@ def test_only_what_comes_too_late_moves(inputs: dict[str, str], expected: str) -
 def test_a_long_chain_in_reverse_is_no_deep_recursion() -> None:
     graph = fx.Graph()
     nodes = [graph.create_node("call_function", operator.neg, name=f"n{i}") for i in range(3000)]
-    for node, late in zip(nodes, nodes[1:], strict=False):
+    for node, late in itertools.pairwise(nodes):
         node.args = (late,)
     graph.output(nodes[0])
     order(graph)

@@ -231,7 +231,7 @@ def _division(term: Term, walk: Walk) -> _Division | None:
         if term.args[1] == 127 and inner.op == "div":
             walk.took(step, "x / amax * 127 is computed as x / (amax / 127)")
             return _Division(inner.args[0], _Maximum(inner.args[1]), inner.args[1])
-        return _Division(*term.args, term.args[1], True)
+        return _Division(term.args[0], term.args[1], term.args[1], True)
     for x, factor in operands(term):
         step = Walk(walk.sizes)
         inverse = _behind_views(factor, step)
