@@ -108,9 +108,14 @@ def _refusals(report: FusionReport) -> Table:
     rows = []
     for (fusion, reason), group in report.refusals().items():
         source = next((refusal.source for refusal in group if refusal.source), "")
-        rows.append((fusion, reason, str(len(group)), group[0].detail, source))
+        rows.append((fusion, reason, str(len(group)), group[0].detail, short_source(source)))
     heads = ("fusion", "reason", "count", "first detail", "first source")
     return _trimmed(Table("Near misses", heads, tuple(rows), frozenset({2})))
+
+
+def short_source(source: str) -> str:
+    """``file:line`` with the file's folder only: enough to know it; the full path is in JSON and HTML."""
+    return "/".join(source.replace("\\", "/").split("/")[-2:])
 
 
 def _trimmed(table: Table) -> Table:

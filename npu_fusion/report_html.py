@@ -14,7 +14,7 @@ from npu_fusion import _picture
 from npu_fusion._listing import Line, by_name, parse
 from npu_fusion._marks import Region, mark
 from npu_fusion._page_graph import GraphView, anchor
-from npu_fusion._report_text import Table, counted, duration, operators_table, timing_table
+from npu_fusion._report_text import Table, counted, duration, operators_table, short_source, timing_table
 from npu_fusion._version import __version__
 from npu_fusion.report import FusionReport, Refusal
 
@@ -264,7 +264,9 @@ def _where(chips: Mapping[str, Sequence[str]]) -> str:
     items = []
     for source, links in chips.items():
         place = (
-            f'<code class="soft" title="{escape(source)}">{escape(_tail(source))}</code> ' if source else ""
+            f'<code class="soft" title="{escape(source)}">{escape(short_source(source))}</code> '
+            if source
+            else ""
         )
         items.append(f"<li>{place}{''.join(links)}</li>")
     first = f'<ul class="where">{"".join(items[:MOST_PLACES])}</ul>'
@@ -272,8 +274,3 @@ def _where(chips: Mapping[str, Sequence[str]]) -> str:
         return first
     rest = f'<ul class="where">{"".join(items[MOST_PLACES:])}</ul>'
     return f"{first}<details><summary>{len(items) - MOST_PLACES:,} more places</summary>{rest}</details>"
-
-
-def _tail(source: str) -> str:
-    """``.../package/model.py:31`` -> ``package/model.py:31``."""
-    return "/".join(source.replace("\\", "/").split("/")[-2:])

@@ -19,6 +19,7 @@ None) and *how* the replacement is built (:attr:`Match.build`). The gate decides
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -250,7 +251,8 @@ class Region:
                 if _is_size_or_constant(node, context):
                     continue
                 return Refused(
-                    "the source reads a value that the fused operator has no argument for", f"it reads {node.name}"
+                    "the source reads a value that the fused operator has no argument for",
+                    f"it reads {node.name}",
                 )
             if _holds_size(node):
                 continue
@@ -268,7 +270,9 @@ class Region:
                 continue
             for user in node.users:
                 if user not in inside and user not in dead and not _ignores_value(user):
-                    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+                    what = (
+                        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+                    )
                     return Refused(
                         "an intermediate value that the fused operator does not return has a second user",
                         f"{node.name} ({what}) is also used by {user.name}",
@@ -440,8 +444,13 @@ def source_of(node: fx.Node) -> str | None:
     Frames of this package (a quantized linear, say) say nothing to the user and are passed over, unless there
     is no other.
     """
+    return _users_line(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(maxsize=1024)  # the layers of a model share their lines
+def _users_line(stack_trace: str) -> str | None:
     frames = []
-    for line in (node.meta.get("stack_trace") or "").splitlines():
+    for line in stack_trace.splitlines():
         line = line.strip()
         if line.startswith('File "'):
             path, _, rest = line[len('File "') :].partition('", line ')

@@ -76,7 +76,9 @@ def run(
         )
     else:
         _run_stages(graph, config, report, decomposed, keep_stages)
-    report.operators_after = operators(graph) if report.fusions and not config.dry_run else report.operators_before
+    report.operators_after = (
+        operators(graph) if report.fusions and not config.dry_run else report.operators_before
+    )
     return report
 
 
@@ -133,7 +135,10 @@ def _run_fusion(fusion: Fusion, anchors: dict[str, list[Term]], context: Context
     dead, made = context.rewriter.dead, context.rewriter.made
     # A rounded term is listed under two operators; it is one place.
     for term in dict.fromkeys(t for op in fusion.anchors for t in anchors.get(op, ())):
-        if all(n in dead or n in made for n in term.nodes):
+        for node in term.nodes:
+            if node not in dead and node not in made:
+                break
+        else:
             continue
         try:
             fusion.apply(term, context)
@@ -159,7 +164,9 @@ def operators(graph: fx.Graph) -> dict[str, int]:
             target: Any = node.target
             namespace = getattr(target, "namespace", None)
             if namespace is not None:
-                name = getattr(target, "_opname", None) or target.name()  # a higher-order operator has no overloads
+                name = (
+                    getattr(target, "_opname", None) or target.name()
+                )  # a higher-order operator has no overloads
                 counts[f"{namespace}.{name}"] += 1
     return dict(counts)
 
@@ -183,6 +190,8 @@ def check_expectation(report: FusionReport, config: FusionConfig) -> None:
         return
     lines = [f"{name}: {got} instead of {want}" for name, (got, want) in wrong.items()]
     for (fusion, reason), items in report.refusals().items():
-        lines.append(f"  not fused {len(items)} x ({fusion}): {reason}; {items[0].detail} {items[0].source or ''}")
+        lines.append(
+            f"  not fused {len(items)} x ({fusion}): {reason}; {items[0].detail} {items[0].source or ''}"
+        )
     message = f"graph {report.graph!r}: expected fusions were not made\n" + "\n".join(lines)
     raise FusionExpectationError(message, report)

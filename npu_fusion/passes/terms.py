@@ -234,7 +234,7 @@ class TermGraph:
         return term
 
     def users(self, term: Term) -> list[Term]:
-        """The terms that have ``term`` as an operand (of the graph as it came, not of what matching makes)."""
+        """The terms that have ``term`` as an operand, in the graph as it came (matching may make more)."""
         if self._users is None:
             self._users = {}
             for user in list(self._table.values()):

@@ -1,4 +1,4 @@
-"""Capture a function as the hosts do, run the pipeline on the graph, run the result, and keep what is needed to judge."""
+"""Capture a function as the hosts do, run the pipeline and its result, and keep what is to be judged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def _post_grad_only(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """What Inductor does to a graph before it generates code, and then the graph itself: a second less a test."""
+    """What Inductor does to a graph before it generates code; then the graph itself: a second less a test."""
     view_to_reshape(gm)
     with torch.no_grad():
         mode = fake_tensor_prop(gm, inputs)

@@ -1,7 +1,7 @@
 """A W8A8 MLP's middle (int32 product to int8) in every way that a model spells it, one choice at a time.
 
-:class:`Spelling` names a choice for every step; :meth:`Spelling.function` is the PyTorch code with these choices,
-:func:`inputs` what it is called with, :func:`oracle` the exact result.
+:class:`Spelling` names a choice for every step; :meth:`Spelling.function` is the PyTorch code with these
+choices, :meth:`Spelling.inputs` what it is called with, :meth:`Spelling.oracle` the exact result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ HALVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
         d.narrow(-1, d.shape[-1] // 2, d.shape[-1] // 2),
     ),
     "unflatten and unbind": lambda d: d.unflatten(-1, (2, -1)).unbind(-2),
-    "unflatten and select": lambda d: (d.unflatten(-1, (2, -1))[..., 0, :], d.unflatten(-1, (2, -1))[..., 1, :]),
+    "unflatten and select": lambda d: (
+        d.unflatten(-1, (2, -1))[..., 0, :],
+        d.unflatten(-1, (2, -1))[..., 1, :],
+    ),
     "tensor_split": lambda d: d.tensor_split(2, -1),
 }
 
@@ -189,7 +192,14 @@ class Spelling:
     def exact(self) -> bool:
         """Whether this is the operator's own arithmetic in its own order (and Inductor leaves silu alone)."""
         exact = {
-            "dequantized": ("channel then token", "no cast node", "channel viewed", "channel expanded", "token expanded", "times one"),
+            "dequantized": (
+                "channel then token",
+                "no cast node",
+                "channel viewed",
+                "channel expanded",
+                "token expanded",
+                "times one",
+            ),
             "activation": ("silu",),
             "maximum_guard": ("none",),
             "scale_guard": ("none",),
@@ -301,7 +311,9 @@ def one_by_one() -> list[Spelling]:
         "static": STATIC,
     }
     plain = Spelling()
-    found = [dataclasses.replace(plain, **{name: value}) for name, values in tables.items() for value in values]
+    found = [
+        dataclasses.replace(plain, **{name: value}) for name, values in tables.items() for value in values
+    ]
     for static in STATIC:
         found.append(dataclasses.replace(plain, static=static, rank=3, left=False))
     for step in ROUNDINGS:
@@ -309,7 +321,9 @@ def one_by_one() -> list[Spelling]:
             found.append(
                 dataclasses.replace(plain, roundings=frozenset({step}), smooth=True, bfloat16_tail=tail)
             )
-    found.append(dataclasses.replace(plain, roundings=frozenset(ROUNDINGS), smooth=True, bfloat16_tail=True, rank=3))
+    found.append(
+        dataclasses.replace(plain, roundings=frozenset(ROUNDINGS), smooth=True, bfloat16_tail=True, rank=3)
+    )
     return list(dict.fromkeys(found))
 
 

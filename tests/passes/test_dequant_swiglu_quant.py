@@ -1,4 +1,4 @@
-"""The MLP as models with torch_npu operators write it, the gate's limits, and what a rewrite may not touch."""
+"""The MLP as models with torch_npu operators write it, the gate's limits, and what a rewrite leaves alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ BFLOAT16 = torch.bfloat16
 class Layer:
     """A W8A8 MLP in torch_npu's operators; ``options`` are more arguments of its calls."""
 
-    def __init__(self, native: bool = False, lead: tuple[int, ...] = (TOKENS,), **options: dict[str, Any]) -> None:
+    def __init__(
+        self, native: bool = False, lead: tuple[int, ...] = (TOKENS,), **options: dict[str, Any]
+    ) -> None:
         self.native = native
         self.lead = lead
         self.options = options
@@ -106,7 +108,9 @@ def fused_layer(layer: Layer, outcome: Outcome, args: list[Tensor]) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("channel_dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("native", [False, True])
-def test_operators_of_torch_npu(native: bool, channel_dtype: torch.dtype, dialect: str, dynamic: bool) -> None:
+def test_operators_of_torch_npu(
+    native: bool, channel_dtype: torch.dtype, dialect: str, dynamic: bool
+) -> None:
     layer = Layer(native)
     args = layer.inputs(channel_dtype)
     fused_layer(layer, fuse(layer, args, dialect=dialect, dynamic=dynamic), args)
@@ -200,7 +204,7 @@ def test_no_argument_is_ignored(case: str) -> None:
 @pytest.mark.parametrize(
     "options,reason",
     [
-        ({"group_index": torch.tensor([TOKENS], dtype=torch.int32), "smooth_scales": _smooth(INTERMEDIATE)[None]},
+        ({"group_index": torch.tensor([TOKENS]).int(), "smooth_scales": _smooth(INTERMEDIATE)[None]},
          "group_index of npu_dynamic_quant is a running sum, the fused operator takes counts"),
         ({"quant_mode": "pertensor"}, "npu_dynamic_quant is called in another mode: quant_mode='pertensor'"),
         ({"dst_type": torch.quint4x2}, "the quantized type is not int8: dst_type="),
@@ -375,9 +379,13 @@ def test_memory_gate_counts_only_new_products() -> None:
     assert fuse(layer, args, int32_product_bytes=row * TOKENS).fused == {OPERATOR: 1}
     outcome = fuse(layer, args, int32_product_bytes=row * TOKENS - 1)
     (reason,) = outcome.reasons(NAME)
-    assert reason.startswith("the int32 product needs more bytes than int32_product_bytes allows: up to 8192 bytes")
+    assert reason.startswith(
+        "the int32 product needs more bytes than int32_product_bytes allows: up to 8192 bytes"
+    )
     plain = Spelling()
-    assert fuse(plain.function(), plain.inputs(), int32_product_bytes=0, int32_bytes_per_token=0).fused == {OPERATOR: 1}
+    assert fuse(plain.function(), plain.inputs(), int32_product_bytes=0, int32_bytes_per_token=0).fused == {
+        OPERATOR: 1
+    }
 
 
 def test_memory_gate_of_symbolic_sizes() -> None:
@@ -416,9 +424,7 @@ def test_a_graph_with_nothing_to_fuse_is_left_as_it_is() -> None:
     def plain(q: Tensor, w: Tensor, ws: Tensor) -> Tensor:
         return torch._int_mm(q, w).float() * ws + ws.sum()
 
-    outcome = fuse(
-        plain, Spelling().inputs()[:3], prepare_graph=lambda g: kept.append((g, list(g.nodes)))
-    )
+    outcome = fuse(plain, Spelling().inputs()[:3], prepare_graph=lambda g: kept.append((g, list(g.nodes))))
     ((graph, nodes),) = kept
     assert outcome.fused == {} and outcome.code == outcome.before
     assert all(a is b for a, b in zip(graph.nodes, nodes, strict=True))

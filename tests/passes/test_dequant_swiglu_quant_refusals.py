@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -226,8 +227,14 @@ QUANTIZATIONS = {
         "the scale is not along the last dimension",
     ),
     "multiplied by the scale": (_multiplied, "the values are multiplied by their scale"),
-    "clamp to another range": (_rounding(lambda v: v.round().clamp(-100, 100)), "the clamp is not to the range"),
-    "clamp to uint8": (_rounding(lambda v: v.round().clamp(0, 255)), "the clamp is not to the range of int8: [0,"),
+    "clamp to another range": (
+        _rounding(lambda v: v.round().clamp(-100, 100)),
+        "the clamp is not to the range",
+    ),
+    "clamp to uint8": (
+        _rounding(lambda v: v.round().clamp(0, 255)),
+        "the clamp is not to the range of int8: [0,",
+    ),
     "fake quantized": (_fake_quantized, "quantized and dequantized again: the next matmul is a floating one"),
     "fake quantized, no clamp": (_fake_quantized_without_clamp, "quantized and dequantized again"),
     "static, symmetric clamp": (_static_clamp, "the clamp is not to the range of int8: [-127, 127]"),
@@ -240,7 +247,10 @@ QUANTIZATIONS = {
         _clamp_before_zero_point,
         "the values are clamped before the zero point is added",
     ),
-    "static, narrower clamp inside": (_narrower_clamp_inside, "the clamp is not to the range of int8: [-16, 15]"),
+    "static, narrower clamp inside": (
+        _narrower_clamp_inside,
+        "the clamp is not to the range of int8: [-16, 15]",
+    ),
 }
 
 
@@ -263,14 +273,20 @@ def test_static_scale_per_token_is_not_one_per_channel() -> None:
 GATES: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "gelu": (lambda d: F.gelu(d[:, :32]) * d[:, 32:], "the activation is not silu: gelu(gate) * up"),
     "relu": (lambda d: F.relu(d[:, :32]) * d[:, 32:], "the activation is not silu: relu(gate) * up"),
-    "sigmoid": (lambda d: torch.sigmoid(d[:, :32]) * d[:, 32:], "the activation is not silu: sigmoid(gate) * up"),
+    "sigmoid": (
+        lambda d: torch.sigmoid(d[:, :32]) * d[:, 32:],
+        "the activation is not silu: sigmoid(gate) * up",
+    ),
     "tanh": (lambda d: torch.tanh(d[:, :32]) * d[:, 32:], "the activation is not silu: tanh(gate) * up"),
     "scaled sigmoid": (
         lambda d: d[:, :32] * torch.sigmoid(1.702 * d[:, :32]) * d[:, 32:],
         "the sigmoid's argument is scaled, which swiglu_mode 0 does not do: by 1.702",
     ),
     "gpt-oss": (
-        lambda d: (d[:, 32:].clamp(-7, 7) + 1) * (d[:, :32].clamp(max=7) * torch.sigmoid(1.702 * d[:, :32].clamp(max=7))),
+        lambda d: (
+            (d[:, 32:].clamp(-7, 7) + 1)
+            * (d[:, :32].clamp(max=7) * torch.sigmoid(1.702 * d[:, :32].clamp(max=7)))
+        ),
         "the sigmoid's argument is scaled",
     ),
     "gate clamped": (
@@ -278,7 +294,10 @@ GATES: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
         "gate or up is clamped, which swiglu_mode 0 does not do",
     ),
     "up clamped": (lambda d: F.silu(d[:, :32]) * d[:, 32:].clamp(-7, 7), "gate or up is clamped"),
-    "up clamped, plus one": (lambda d: F.silu(d[:, :32]) * (d[:, 32:].clamp(-7, 7) + 1), "gate or up is clamped"),
+    "up clamped, plus one": (
+        lambda d: F.silu(d[:, :32]) * (d[:, 32:].clamp(-7, 7) + 1),
+        "gate or up is clamped",
+    ),
     "unequal parts": (
         lambda d: F.silu(d[:, :24]) * d[:, 24:48],
         "gate and up are not the two equal halves of the last dimension",
@@ -312,9 +331,7 @@ def test_other_gate(case: str) -> None:
 @pytest.mark.parametrize("case", GATES)
 def test_other_gate_of_bfloat16(case: str) -> None:
     act, reason = GATES[case]
-    outcome = alone(
-        with_parts(act=lambda d: act(d.bfloat16()).float()), inputs()
-    )
+    outcome = alone(with_parts(act=lambda d: act(d.bfloat16()).float()), inputs())
     refused(outcome, *([reason] if reason else []))
 
 
@@ -363,13 +380,19 @@ def _residual(q: Tensor, w: Tensor, ws: Tensor, ts: Tensor) -> Tensor:
 
 
 PRODUCTS = {
-    "float32 matmul": (_float_product, "there is no int32 product: the matmul is done in floating point: mm gives"),
+    "float32 matmul": (
+        _float_product,
+        "there is no int32 product: the matmul is done in floating point: mm gives",
+    ),
     "bfloat16 matmul": (_bfloat16_product, "there is no int32 product: the matmul is done in floating point"),
     "two products, one scaled": (_two_products, "a scale is neither per output channel nor per token"),
     "product of products": (_product_of_products, "two int32 products are multiplied with each other"),
     "group-wise scale": (_group_wise, "a scale is neither per output channel nor per token"),
     "no weight scale": (_no_weight_scale, "the int32 product has no weight scale"),
-    "bias between the scales": (_bias_between, "the value before swiglu is no scaled int32 product: it is add"),
+    "bias between the scales": (
+        _bias_between,
+        "the value before swiglu is no scaled int32 product: it is add",
+    ),
     "bias per token": (_bias_per_token, "the value before swiglu is no scaled int32 product: it is add"),
     "residual": (_residual, "the value before swiglu is no scaled int32 product: it is add"),
 }
@@ -403,7 +426,20 @@ def test_gate_and_up_from_two_matmuls() -> None:
     refused(outcome, "gate and up are two separate matmuls of the same input: npu_fusion.prepare(model)")
 
 
-INTERMEDIATES = ("floats", "by channel", "dequantized", "gate", "up", "activated", "gated", "absolute", "maximum", "quotient", "rounded", "clamped")
+INTERMEDIATES = (
+    "floats",
+    "by channel",
+    "dequantized",
+    "gate",
+    "up",
+    "activated",
+    "gated",
+    "absolute",
+    "maximum",
+    "quotient",
+    "rounded",
+    "clamped",
+)
 
 
 def _with_intermediates(q: Tensor, w: Tensor, ws: Tensor, ts: Tensor) -> dict[str, Tensor]:
@@ -431,7 +467,8 @@ def test_second_user(name: str) -> None:
         return values["y"], values["scale"], values[name].cos()
 
     refused(
-        alone(middle, inputs()), "an intermediate value that the fused operator does not return has a second user"
+        alone(middle, inputs()),
+        "an intermediate value that the fused operator does not return has a second user",
     )
 
 
@@ -442,11 +479,14 @@ def test_intermediate_returned(name: str) -> None:
         return values["y"], values["scale"], values[name]
 
     refused(
-        alone(middle, inputs()), "an intermediate value that the fused operator does not return has a second user"
+        alone(middle, inputs()),
+        "an intermediate value that the fused operator does not return has a second user",
     )
 
 
-@pytest.mark.parametrize("returned", [("y", "product"), ("y",), ("product", "scale", "y"), ("y", "scale", "scale")])
+@pytest.mark.parametrize(
+    "returned", [("y", "product"), ("y",), ("product", "scale", "y"), ("y", "scale", "scale")]
+)
 def test_other_users_of_product_and_results_are_fine(returned: tuple[str, ...]) -> None:
     def middle(q: Tensor, w: Tensor, ws: Tensor, ts: Tensor, *rest: Tensor) -> Any:
         values = _with_intermediates(q, w, ws, ts)
@@ -483,16 +523,16 @@ def test_input_written_in_between() -> None:
 
 
 def _write_through_a_view(graph: fx.Graph) -> None:
+    """One of the parts of ``ws`` is multiplied by one in place."""
     silu = next(n for n in graph.nodes if n.target is aten.silu.default)
     scale = [n for n in graph.nodes if n.op == "placeholder"][2]
-    with graph.inserting_after(silu):
-        parts = graph.call_function(aten.split.Tensor, (scale, 32))
-        parts.meta["val"] = torch.ops.aten.split.Tensor(scale.meta["val"], 32)
-    with graph.inserting_after(parts):
-        part = graph.call_function(torch.ops.aten.alias.default, (scale,))
-        part.meta["val"] = scale.meta["val"]
-    with graph.inserting_after(part):
-        graph.call_function(aten.mul_.Tensor, (part, 1.0)).meta["val"] = scale.meta["val"]
+    parts = aten.split.Tensor(scale.meta["val"], 32)
+    with graph.inserting_before(silu.next):
+        split = graph.call_function(aten.split.Tensor, (scale, 32))
+        part = graph.call_function(operator.getitem, (split, 1))
+        written = graph.call_function(aten.mul_.Tensor, (part, 1.0))
+    split.meta["val"] = parts
+    part.meta["val"] = written.meta["val"] = parts[1]
 
 
 def test_input_written_through_a_view() -> None:
@@ -518,7 +558,15 @@ def test_alignment_of_the_target(target: str) -> None:
     spelling = Spelling()
     args = spelling.inputs()
     assert alone(spelling.function(), args, target=target).fused == {"npu_dequant_swiglu_quant": 1}
-    narrow = [args[0], args[1][:, :48].contiguous(), args[2][:48], args[3], args[4][:48], args[5][:24], args[6]]
+    narrow = [
+        args[0],
+        args[1][:, :48].contiguous(),
+        args[2][:48],
+        args[3],
+        args[4][:48],
+        args[5][:24],
+        args[6],
+    ]
     assert alone(spelling.function(), narrow).fused == {"npu_dequant_swiglu_quant": 1}
     outcome = alone(spelling.function(), narrow, target=target)
     refused(outcome, "the last dimension is not a multiple of 64: it is 48")

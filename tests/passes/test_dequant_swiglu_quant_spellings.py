@@ -17,7 +17,7 @@ OPERATOR = "npu_dequant_swiglu_quant"
 SPELLINGS = _w8a8.one_by_one()
 
 OPEN_WHEN_SYMBOLIC = ("narrow", "tensor_split")
-"""Halves that say nothing about whether the size is even: with a symbolic 2H they are not known to be halves."""
+"""Halves that say nothing about whether the size is even: with a symbolic 2H they may be none."""
 
 
 def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor], dialect: str = "aot") -> None:
@@ -78,9 +78,7 @@ def test_symbolic_width_that_may_be_odd(halves: str) -> None:
     check(spelling, guarded, args)
 
 
-@pytest.mark.parametrize(
-    "spelling", [s for s in SPELLINGS if not s.exact], ids=_w8a8.described
-)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.exact], ids=_w8a8.described)
 def test_strict_refuses_what_is_not_bit_equal(spelling: Spelling) -> None:
     outcome = fuse(spelling.function(), spelling.inputs(), numerics="strict")
     assert OPERATOR not in outcome.fused
@@ -94,7 +92,10 @@ def _choices(table: object) -> st.SearchStrategy[str]:
     return st.sampled_from(sorted(table))  # type: ignore[call-overload]
 
 
-WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # a failing example says enough, and shrinking compiles for minutes
+WITHOUT_SHRINKING = (
+    Phase.explicit,
+    Phase.generate,
+)  # a failing example says enough, and shrinking compiles for minutes
 
 SOME = st.builds(
     Spelling,
@@ -129,7 +130,9 @@ def test_any_combination(spelling: Spelling, dialect: str, dynamic: bool, seed: 
 
 @settings(max_examples=12, deadline=None, derandomize=True, phases=WITHOUT_SHRINKING)
 @given(SOME, _choices(_w8a8.STATIC), st.sampled_from(("aot", "inductor")), st.booleans())
-def test_any_combination_with_a_given_scale(spelling: Spelling, static: str, dialect: str, dynamic: bool) -> None:
+def test_any_combination_with_a_given_scale(
+    spelling: Spelling, static: str, dialect: str, dynamic: bool
+) -> None:
     if spelling.rounded in ("round, symmetric clamp", "no clamp"):
         spelling = dataclasses.replace(spelling, rounded="clamp, round")
     spelling = dataclasses.replace(spelling, static=static, smooth=False, roundings=frozenset())

@@ -132,7 +132,9 @@ def test_any_combination(choices: dict[str, str], dtype: torch.dtype, dialect: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smoothed(dtype: torch.dtype, dialect: str) -> None:
     x, smooth = value(dtype, 6, 32), value(dtype, 32, seed=1).abs() + 0.5
-    outcome = alone(lambda x, f: spelled()(x.float() * f.float()), [x, smooth], numerics="strict", dialect=dialect)
+    outcome = alone(
+        lambda x, f: spelled()(x.float() * f.float()), [x, smooth], numerics="strict", dialect=dialect
+    )
     assert outcome.fused == {OPERATOR: 1}
     assert "smooth_scales" in outcome.code
     assert "aten.mul" not in outcome.report.operators_after
@@ -175,7 +177,9 @@ def test_scale_returned_in_16_bits() -> None:
     outcome = alone(quantize, [value(torch.bfloat16, 6, 32)])
     assert outcome.fused == {}
     (reason,) = outcome.reasons(NAME)
-    assert reason.startswith("an intermediate value that the fused operator does not return has a second user")
+    assert reason.startswith(
+        "an intermediate value that the fused operator does not return has a second user"
+    )
     assert all(map(torch.equal, outcome.result, outcome.expected))
 
 
@@ -189,7 +193,12 @@ def test_scale_used_guarded_and_not() -> None:
     def quantize(x: Tensor) -> Any:
         s = x.abs().amax(-1, keepdim=True) / 127
         guarded = s.clamp(min=1e-8)
-        return (x / guarded).round().clamp(-128, 127).to(torch.int8), s, guarded, s.squeeze(-1).bfloat16().float()
+        return (
+            (x / guarded).round().clamp(-128, 127).to(torch.int8),
+            s,
+            guarded,
+            s.squeeze(-1).bfloat16().float(),
+        )
 
     outcome = alone(quantize, [value(torch.float32, 6, 32)])
     assert outcome.fused == {OPERATOR: 1}

@@ -38,7 +38,9 @@ def spelled(static: str, rounded: str = "round, clamp") -> Callable[[Tensor, Ten
 @pytest.mark.parametrize("lead", [(6,), (2, 3)])
 @pytest.mark.parametrize("static", [s for s in _w8a8.STATIC if s != "x * vector"])
 def test_float32_is_exact(static: str, lead: tuple[int, ...], dialect: str, dynamic: bool) -> None:
-    outcome = alone(spelled(static), inputs(torch.float32, *lead), numerics="strict", dialect=dialect, dynamic=dynamic)
+    outcome = alone(
+        spelled(static), inputs(torch.float32, *lead), numerics="strict", dialect=dialect, dynamic=dynamic
+    )
     assert outcome.fused == {OPERATOR: 1}, outcome.report.refused
     assert outcome.report.operators_after["npu.npu_quantize"] == 1
     assert not {"aten.clamp", "aten.clamp_min"} & set(outcome.report.operators_after)
@@ -69,7 +71,9 @@ def test_factor_per_channel(dialect: str) -> None:
     assert torch.equal(outcome.result, outcome.expected)
 
 
-@pytest.mark.parametrize("rounded", [r for r in _w8a8.ROUNDED if r not in ("round, symmetric clamp", "no clamp")])
+@pytest.mark.parametrize(
+    "rounded", [r for r in _w8a8.ROUNDED if r not in ("round, symmetric clamp", "no clamp")]
+)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_rounding_and_clamp(rounded: str, dialect: str) -> None:
     args = inputs()

@@ -37,7 +37,15 @@ def spelled(halves: str, activation: str, gate_first: bool = True) -> Callable[[
 def check(outcome: Outcome, x: Tensor) -> None:
     assert outcome.fused == {"npu_swiglu": 1}, outcome.reasons("swiglu")
     after = {name.split(".")[1] for name in outcome.report.operators_after}
-    assert "npu_swiglu" in after and not after & {"silu", "sigmoid", "exp", "div", "reciprocal", "split", "mul"}
+    assert "npu_swiglu" in after and not after & {
+        "silu",
+        "sigmoid",
+        "exp",
+        "div",
+        "reciprocal",
+        "split",
+        "mul",
+    }
     assert outcome.result.dtype == x.dtype and outcome.result.shape == outcome.expected.shape
     a, b = x.double().chunk(2, -1)
     exact = F.silu(a) * b
@@ -154,7 +162,9 @@ def test_second_user(which: int) -> None:
     outcome = alone(returned, [value(torch.float32, 8, 16)])
     assert outcome.fused == {}
     (reason,) = outcome.reasons("swiglu")
-    assert reason.startswith("an intermediate value that the fused operator does not return has a second user")
+    assert reason.startswith(
+        "an intermediate value that the fused operator does not return has a second user"
+    )
     assert all(map(torch.equal, outcome.result, outcome.expected))
 
 

@@ -1,4 +1,4 @@
-"""Rules that map operators to canonical terms, one file per rule group. See :mod:`npu_fusion.passes.terms`."""
+"""Rules that map operators to canonical terms, one file per rule group: :mod:`npu_fusion.passes.terms`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _normalized(view: TermGraph, x: Term, gamma: Term, epsilon: float, dtype: to
 
 @rule(npu.npu_quant_matmul.default)
 def _quant_matmul(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
-    x1, x2, scale, offset, pertoken_scale, bias, output_dtype, *others = args
+    x1, x2, scale, offset, pertoken_scale, bias, _, *others = args
     result = node.meta["val"]
     covered = (
         offset is None

@@ -130,7 +130,12 @@ def _result(view: TermGraph, node: fx.Node, name: str, a: Any, b: Any) -> Any:
 
 def _promoted(view: TermGraph, arg: Any, result: torch.dtype) -> Any:
     """An integer operand of a 16-bit floating result is rounded to it before anything is computed."""
-    if isinstance(arg, Term) and arg.op != "const" and result in LOW_PRECISION and arg.dtype in _WIDE_INTEGERS:
+    if (
+        isinstance(arg, Term)
+        and arg.op != "const"
+        and result in LOW_PRECISION
+        and arg.dtype in _WIDE_INTEGERS
+    ):
         return view.cast(arg, result)
     return arg
 

@@ -2,9 +2,9 @@
 
 ::
 
-    amax(abs(x)) · max(abs(x)).values · norm(x, inf) · max(-amin(x), amax(x))   ->  absmax(x, dims)
-    amax · max.dim · aminmax                                                    ->  amax(x, dims), amin(x, dims)
-    mean.dim · sum                                                              ->  mean(x, dims), sum(x, dims)
+    amax(abs(x)) · max(abs(x)).values · norm(x, inf) · max(-amin(x), amax(x)) ->  absmax(x, dims)
+    amax · max.dim · aminmax                                                  ->  amax(x, dims), amin(x, dims)
+    mean.dim · sum                                                            ->  mean(x, dims), sum(x, dims)
 """
 
 from __future__ import annotations

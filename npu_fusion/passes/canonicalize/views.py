@@ -2,10 +2,10 @@
 
 ::
 
-    view · _unsafe_view · reshape · squeeze · unsqueeze · flatten            ->  view(x, sizes)   (chains folded)
-    chunk · split · split_with_sizes · slice · narrow · view(..,2,H).unbind  ->  half(x, 0|1)     when it is one
-    the same, otherwise                                                      ->  slice(x, dim, start, length, step)
-    t · transpose · permute                                                  ->  permute(x, dims)
+    view · _unsafe_view · reshape · squeeze · unsqueeze · flatten           ->  view(x, sizes)
+    chunk · split · split_with_sizes · slice · narrow · view(..,2,H).unbind ->  half(x, 0|1), when it is one
+    the same, otherwise                                                     ->  slice(x, dim, start, size, ..)
+    t · transpose · permute                                                 ->  permute(x, dims)
 
 ``half(x, i)`` is a half of the *last* dimension. Where that size is symbolic, ``chunk`` gives
 ``ceil(n/2)`` and the rest; they are halves if n is even, which the fusion has to check.
@@ -99,7 +99,7 @@ def part(view: TermGraph, x: Term, dim: int, start: Size, length: Size, step: in
 
 
 def _halves(part: Size, size: sympy.Expr) -> bool:
-    """Is this half of a symbolic size, if that is even? ``n // 2``, ``(n + 1) // 2`` (chunk) or what they leave."""
+    """Is this half of a symbolic size, if that is even: ``n // 2``, ``(n + 1) // 2``, or what they leave?"""
     halved = size / 2
     if halved.is_integer:
         return _equal(part, halved)
@@ -167,8 +167,8 @@ def _select(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 
 
 def _selected(view: TermGraph, x: Term, dim: int, index: int) -> Term:
-    """``x.select(dim, index)``: a half where x is ``view(y, [.., 2, H])`` and dim the 2; every other entry of y
-    where x is ``view(y, [.., H, 2])``."""
+    """``x.select(dim, index)``: a half where x is ``view(y, [.., 2, H])`` and dim the 2; every other entry of
+    y where x is ``view(y, [.., H, 2])``."""
     shape = x.shape
     if x.op == "view" and dim == len(shape) - 1 and shape[dim] == 2:
         base = x.args[0]

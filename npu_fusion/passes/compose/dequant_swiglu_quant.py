@@ -193,14 +193,16 @@ def _fake_quantized(term: Term, context: Context) -> Refused | None:
 
 
 def _scaled_back(rounded: Term, view: TermGraph) -> bool:
-    """Does every way from here lead to a multiplication, through clamps and roundings, and none to integers?"""
+    """Does every way from here lead through clamps and roundings to a multiplication, none to integers?"""
     back = False
     pending = [rounded]
     while pending:
         for user in view.users(pending.pop()):
             if user.op in ("mul", "sub"):
                 back = True
-            elif user.op in ("clamp", "view") or (user.op == "cast" and user.dtype in (torch.float32, *LOW_PRECISION)):
+            elif user.op in ("clamp", "view") or (
+                user.op == "cast" and user.dtype in (torch.float32, *LOW_PRECISION)
+            ):
                 pending.append(user)
             else:
                 return False

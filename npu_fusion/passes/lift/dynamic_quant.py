@@ -12,8 +12,8 @@ Also read: ``max(x.abs()).values``, ``amin``/``amax``/``maximum`` pairs, ``x * (
 guard, scales kept in 16 bits where every reader widens them again.
 
 Conditions: the maximum is over the last dimension only and over the very tensor that is quantized; the
-denominator is 127; round half to even; int8. :func:`quantization` recognizes the chain for all fusions that end
-in one, also with a given scale (static).
+denominator is 127; round half to even; int8. :func:`quantization` recognizes the chain for all fusions that
+end in one, also with a given scale (static).
 
 Source: torch_npu documentation of npu_dynamic_quant (scale = amax / 127, a zero row gives 0 and 0).
 """
@@ -166,7 +166,9 @@ def _strip(term: Term, chain: _Chain) -> Term | Refused | None:
             clamped = True
         elif inner.op == "round" and not chain.rounded and len(inner.args) == 1:
             if chain.offset is not None:
-                return Refused("the zero point is added after rounding, the operator adds it before", "", (cast,))
+                return Refused(
+                    "the zero point is added after rounding, the operator adds it before", "", (cast,)
+                )
             chain.rounded = True
         elif inner.op in _OTHER_ROUNDINGS:
             return Refused(f"rounds by {inner.op}, the operator to the nearest, half to even", "", (cast,))
@@ -301,7 +303,9 @@ def _row_maximum(division: _Division, outer: Walk, context: Context) -> _RowMaxi
                 walk.note(Numerics.ACCURATE, "the scale is divided by one number, not by two")
             denominator = number * (1.0 if denominator is None else denominator)
     if term.op in ("amax", "amin", "sub", "neg", "maximum") and denominator is not None:
-        return Refused("the quantization is asymmetric: the scale does not come from amax(abs(x))", "", (term,))
+        return Refused(
+            "the quantization is asymmetric: the scale does not come from amax(abs(x))", "", (term,)
+        )
     if term.op == "add" and isinstance(term.args[1], float) and _comes_from_maximum(term.args[0], walk):
         return Refused("eps is added to the scale, which changes every value", f"{term.args[1]:g}", (term,))
     if term.op != "absmax":
@@ -315,7 +319,9 @@ def _row_maximum(division: _Division, outer: Walk, context: Context) -> _RowMaxi
     rank = len(source.shape)
     if dims != (rank - 1,):
         where = "the whole tensor" if len(dims) == rank else f"dimension {', '.join(map(str, dims))}"
-        return Refused("the scale is not per token: the maximum is not over the last dimension", where, (term,))
+        return Refused(
+            "the scale is not per token: the maximum is not over the last dimension", where, (term,)
+        )
     same = walk.rows(x)
     if walk.rows(source) is not same:
         same = outer.value(x)
@@ -349,7 +355,11 @@ def _scale_step(term: Term, walk: Walk) -> tuple[Term | None, float | None]:
     guarded = _without_guard(term, walk)
     if guarded is not None:
         return guarded, None
-    if term.op in ("div", "mul") and isinstance(term.args[1], (int, float)) and isinstance(term.args[0], Term):
+    if (
+        term.op in ("div", "mul")
+        and isinstance(term.args[1], (int, float))
+        and isinstance(term.args[0], Term)
+    ):
         return term.args[0], _denominator(term, walk)
     return None, None
 
@@ -365,7 +375,7 @@ def _denominator(term: Term, walk: Walk) -> float:
 
 
 def _without_guard(term: Term, walk: Walk) -> Term | None:
-    """The value behind ``clamp_min(eps)`` or ``where(value == 0, c, value)``; a zero row then gives scale 0."""
+    """The value behind ``clamp_min(eps)`` or ``where(value == 0, c, value)``; a zero row then has scale 0."""
     if term.op == "clamp":
         value, low, high = term.args
         if high is None and isinstance(low, (int, float)) and 0 <= low <= 1e-2:
@@ -373,10 +383,15 @@ def _without_guard(term: Term, walk: Walk) -> Term | None:
             return value
     if term.op == "where":
         condition, a, b = term.args
-        if condition.op == "eq" and condition.args[1] == 0 and isinstance(b, Term) and not isinstance(a, Term):
-            if walk.value(condition.args[0]) is walk.value(b) or _same_zero(condition.args[0], b):
-                walk.note(Numerics.ACCURATE, f"the scale of a zero row is 0, not {a:g}")
-                return b
+        if (
+            condition.op == "eq"
+            and condition.args[1] == 0
+            and isinstance(b, Term)
+            and not isinstance(a, Term)
+            and (walk.value(condition.args[0]) is walk.value(b) or _same_zero(condition.args[0], b))
+        ):
+            walk.note(Numerics.ACCURATE, f"the scale of a zero row is 0, not {a:g}")
+            return b
     return None
 
 
@@ -390,10 +405,10 @@ def _same_zero(tested: Term, value: Term) -> bool:
 
 
 def _scales(maximum: Term, walk: Walk, view: TermGraph) -> tuple[Term, ...]:
-    """The float32 values that are ``maximum`` over 127, guarded or not, used for the quantization or beside it.
+    """The float32 values that are ``maximum`` over 127, guarded or not, used to quantize or beside it.
 
-    A scale that was rounded to 16 bits cannot be replaced by a rounded fused scale: the values would have been
-    divided by the one and be multiplied by the other. It can be replaced where it is widened again.
+    A scale that was rounded to 16 bits cannot be replaced by a rounded fused scale: the values would have
+    been divided by the one and be multiplied by the other. It can be replaced where it is widened again.
     """
     found: dict[Term, None] = {}
     seen: set[tuple[Term, bool]] = set()
@@ -452,9 +467,7 @@ class DynamicQuant(Fusion):
         return match
 
 
-def _match(
-    term: Term, found: Quantized, x: Term, smooth: Term | None, context: Context
-) -> Match | Refused:
+def _match(term: Term, found: Quantized, x: Term, smooth: Term | None, context: Context) -> Match | Refused:
     if not buildable(x):
         return Refused("no node holds the value that is quantized", "", (term,))
     if context.config.target is not None and x.dtype not in LOW_PRECISION:

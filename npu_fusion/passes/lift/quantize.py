@@ -3,10 +3,10 @@
 ::
 
     %q = round(div(%x, %s))
-    %y = clamp(%q, -128, 127) to int8        ->     %y = npu_quantize(%x, s, zero_points, int8, axis=-1, div_mode=..)
+    %y = clamp(%q, -128, 127) to int8        ->    %y = npu_quantize(%x, s, zero_points, int8, -1, div_mode)
 
-Also ``x * factor``, and a zero point added before rounding. :func:`given_scale` reads calls of ``npu_quantize``
-for the fusions that end in a static quantization.
+Also ``x * factor``, and a zero point added before rounding. :func:`given_scale` reads calls of
+``npu_quantize`` for the fusions that end in a static quantization.
 
 Conditions: int8 with the full range; half to even; one scale, or one per entry of the last dimension.
 
@@ -86,7 +86,9 @@ class Quantize(Fusion):
         def build(e: Emitter) -> list[fx.Node]:
             scales, zero_points = scale_and_offset(e, found)
             divides = not found.static_inverse
-            return [e.call(torch.ops.npu.npu_quantize.default, e.term(x), scales, zero_points, 1, -1, divides)]
+            return [
+                e.call(torch.ops.npu.npu_quantize.default, e.term(x), scales, zero_points, 1, -1, divides)
+            ]
 
         inputs = [t for t in (x, found.static_scale, found.offset) if isinstance(t, Term)]
         return Match(inputs, [[found.y]], build, found.drift)

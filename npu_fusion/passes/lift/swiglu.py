@@ -138,7 +138,9 @@ _ELEMENTWISE_OR_VIEW = ("cast", "view", "mul", "add", "expand")
 
 def _same_input(gate: Term, up: Term) -> bool:
     first, second = _matmul(gate), _matmul(up)
-    return first is not None and second is not None and first is not second and first.args[0] is second.args[0]
+    return (
+        first is not None and second is not None and first is not second and first.args[0] is second.args[0]
+    )
 
 
 def _matmul(term: Term) -> Term | None:
