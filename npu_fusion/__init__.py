@@ -6,8 +6,8 @@ from npu_fusion import _compat
 
 _compat.require_torch()
 
-from npu_fusion._version import __version__  # noqa: E402
 from npu_fusion import kernels as _kernels  # noqa: E402
+from npu_fusion._version import __version__  # noqa: E402
 from npu_fusion.meta_impls import _registry  # noqa: E402
 
 _kernels.load()

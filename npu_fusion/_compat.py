@@ -48,8 +48,8 @@ def hint(value: Any) -> Any:
 def specialize_floats(gm: fx.GraphModule) -> None:
     """Make the Python floats that Dynamo turned into graph inputs constants again, each with a guard.
 
-    With ``dynamic=True`` Dynamo passes floats of modules (an RMSNorm's eps) as 0-d tensors and reads them with
-    ``item()``. Fused operators take them as attributes, so they have to be numbers. This is what
+    With ``dynamic=True`` Dynamo passes floats of modules (an RMSNorm's eps) as 0-d tensors and reads them
+    with ``item()``. Fused operators take them as attributes, so they have to be numbers. This is what
     ``torch._dynamo.config.specialize_float`` does, restricted to the graph at hand.
     """
     from torch._subclasses.fake_tensor import FakeTensor
@@ -76,7 +76,7 @@ def specialize_floats(gm: fx.GraphModule) -> None:
 
 
 def inference_aware_pass_base() -> Any:
-    """Base class of a graph pass that Inductor tells whether the graph is for inference (torch 2.9 and later).
+    """Base class of a graph pass that Inductor tells whether a graph is for inference (torch 2.9 and later).
 
     Older versions call the pass with the graph alone.
     """
@@ -86,7 +86,7 @@ def inference_aware_pass_base() -> Any:
 
 
 def may_need_grad(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Can the graph be traced for training: is grad mode on and does anything that goes in require a gradient?"""
+    """Can the graph be traced for training: is grad mode on and does an input require a gradient?"""
     tensors = [*inputs, *gm.parameters()]
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 

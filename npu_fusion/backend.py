@@ -57,9 +57,10 @@ def get_npu_backend(
     """A torch.compile backend that fuses, then hands the graph to ``host``.
 
     ``compiler_config``: options of the host's own compiler; for ``inductor`` a dict of its config options.
-    ``fusion_config``: a :class:`npu_fusion.FusionConfig` or a dict of its fields; ``NPU_FUSION_*`` environment
-    variables override it. ``host``: ``"inductor"`` compiles the rest of the graph, ``"eager"`` runs it operator
-    by operator, ``"auto"`` is Inductor, or eager with a warning where Inductor has no C++ compiler to use.
+    ``fusion_config``: a :class:`npu_fusion.FusionConfig` or a dict of its fields; ``NPU_FUSION_*``
+    environment variables override it. ``host``: ``"inductor"`` compiles the rest of the graph, ``"eager"``
+    runs it operator by operator, ``"auto"`` is Inductor, or eager with a warning where Inductor has no C++
+    compiler to use.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument before anything is compiled.
     """
@@ -115,9 +116,7 @@ def npu_fusion_backend(
     if mode not in (None, "default"):
         raise ValueError(f"mode is {mode!r}; accepted by backend='npu_fusion': 'default'")
     fields = dict(options or {})
-    backend = get_npu_backend(
-        fields.pop("compiler_config", None), fields, fields.pop("host", "auto")
-    )
+    backend = get_npu_backend(fields.pop("compiler_config", None), fields, fields.pop("host", "auto"))
     backend.reports = _registered_reports
     return backend(gm, inputs)
 
@@ -131,5 +130,5 @@ npu_fusion_backend.reset = _reset_registered  # type: ignore[attr-defined]  # to
 
 
 def reports() -> list[FusionReport]:
-    """Reports of everything compiled with ``backend="npu_fusion"`` by name, in order, since the last reset."""
+    """Reports of what was compiled with ``backend="npu_fusion"`` by name, in order, since the last reset."""
     return list(_registered_reports)

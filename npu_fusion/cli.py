@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("factory", metavar="MODULE:FACTORY")
     explain.add_argument(
-        "--expect", action="append", default=[], metavar="OPERATOR=COUNT", help="exit with 1 unless so many fuse"
+        "--expect",
+        action="append",
+        default=[],
+        metavar="OPERATOR=COUNT",
+        help="exit with 1 unless so many fuse",
     )
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     shapes = explain.add_mutually_exclusive_group()
@@ -89,7 +93,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace) -> int:
     expect = dict(_expectation(text) for text in arguments.expect)
     model, args, kwargs = _made(_factory(arguments.factory), arguments.factory)
-    config: dict[str, Any] = {"expect": expect or None, "dump_dir": arguments.dump, "target": arguments.target}
+    config: dict[str, Any] = {
+        "expect": expect or None,
+        "dump_dir": arguments.dump,
+        "target": arguments.target,
+    }
     if arguments.numerics:
         config["numerics"] = arguments.numerics
     unmet: FusionExpectationError | None = None
@@ -116,7 +124,9 @@ def _expectation(text: str) -> tuple[str, int]:
 def _factory(spec: str) -> Callable[[], Any]:
     module_name, _, name = spec.rpartition(":")
     if not module_name or not name:
-        raise UsageError(f"MODULE:FACTORY is {spec!r}; accepted: e.g. my_package.models:make or model.py:make")
+        raise UsageError(
+            f"MODULE:FACTORY is {spec!r}; accepted: e.g. my_package.models:make or model.py:make"
+        )
     path = Path(module_name)
     if path.suffix == ".py":
         if not path.is_file():
@@ -137,11 +147,18 @@ def _factory(spec: str) -> Callable[[], Any]:
 
 def _made(factory: Callable[[], Any], spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     made = factory()
-    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]) and isinstance(made[1], (tuple, list)):
+    if (
+        isinstance(made, tuple)
+        and len(made) in (2, 3)
+        and callable(made[0])
+        and isinstance(made[1], (tuple, list))
+    ):
         kwargs = made[2] if len(made) == 3 else {}
         if isinstance(kwargs, dict):
             return made[0], tuple(made[1]), kwargs
-    raise UsageError(f"{spec} returned {type(made).__name__}; accepted: (model, args) or (model, args, kwargs)")
+    raise UsageError(
+        f"{spec} returned {type(made).__name__}; accepted: (model, args) or (model, args, kwargs)"
+    )
 
 
 if __name__ == "__main__":

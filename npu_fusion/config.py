@@ -1,4 +1,4 @@
-"""What to fuse, how strictly, and what to show: one frozen object, from code, a dictionary or the environment."""
+"""What to fuse, how strictly, and what to show: one frozen object, from code, a dict or the environment."""
 
 from __future__ import annotations
 
@@ -90,11 +90,26 @@ class FusionConfig:
         _require_choice("target", self.target, (None, *TARGETS))
         if isinstance(self.dump_dir, Path):
             object.__setattr__(self, "dump_dir", str(self.dump_dir))
-        _require(self.dump_dir is None or isinstance(self.dump_dir, str), "dump_dir", self.dump_dir, "a path, or None")
+        _require(
+            self.dump_dir is None or isinstance(self.dump_dir, str),
+            "dump_dir",
+            self.dump_dir,
+            "a path, or None",
+        )
         if self.expect is not None:
-            _require(isinstance(self.expect, Mapping), "expect", self.expect, "a dict operator name -> count, or None")
+            _require(
+                isinstance(self.expect, Mapping),
+                "expect",
+                self.expect,
+                "a dict operator name -> count, or None",
+            )
             for name, count in self.expect.items():
-                good = isinstance(name, str) and isinstance(count, int) and not isinstance(count, bool) and count >= 0
+                good = (
+                    isinstance(name, str)
+                    and isinstance(count, int)
+                    and not isinstance(count, bool)
+                    and count >= 0
+                )
                 _require(good, f"expect[{name!r}]", count, "operator name -> count >= 0")
             object.__setattr__(self, "expect", dict(self.expect))
 
@@ -111,7 +126,7 @@ class FusionConfig:
         return dataclasses.replace(self, **changes)
 
     def cache_key(self) -> str:
-        """Stable over processes: hash of the package's version and code and of what changes a compiled graph."""
+        """Stable over processes: hash of the package's code and of every field that changes a graph."""
         content = dataclasses.asdict(self)
         for only_shows in ("dump_dir", "expect"):
             content.pop(only_shows)
@@ -133,7 +148,8 @@ class FusionConfig:
             config = cls(**value)
         else:
             raise TypeError(
-                f"fusion_config is a {type(value).__name__}; accepted: FusionConfig, a dict of its fields, or None"
+                f"fusion_config is a {type(value).__name__}; "
+                "accepted: FusionConfig, a dict of its fields, or None"
             )
         overrides = _from_environment()
         return dataclasses.replace(config, **overrides) if overrides else config
@@ -190,10 +206,14 @@ def _parse(variable: str, text: str, kind: str) -> Any:
         try:
             return int(text)
         except ValueError:
-            raise ValueError(f"environment variable {variable} is {text!r}; accepted: a whole number") from None
+            raise ValueError(
+                f"environment variable {variable} is {text!r}; accepted: a whole number"
+            ) from None
     if kind.startswith("Mapping"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"environment variable {variable} is {text!r}; accepted: JSON ({error})") from None
+            raise ValueError(
+                f"environment variable {variable} is {text!r}; accepted: JSON ({error})"
+            ) from None
     return text

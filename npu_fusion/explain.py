@@ -27,15 +27,18 @@ def explain(
 ) -> FusionReport:
     """Trace ``fn_or_module(*args, **kwargs)`` and report what fuses and, for every near miss, why not.
 
-    A dry run: the model is traced as ``torch.compile(..., dynamic=dynamic)`` would, under ``torch.no_grad()``,
-    and no operator of it is executed. Where the model breaks into several graphs, the parts after a break are
-    traced with zeros for what the parts before it would have computed; the report covers all graphs.
+    A dry run: the model is traced as ``torch.compile(..., dynamic=dynamic)`` would, under
+    ``torch.no_grad()``, and no operator of it is executed. Where the model breaks into several graphs, the
+    parts after a break are traced with zeros for what the parts before it would have computed; the report
+    covers all graphs.
 
     Raises what ``torch.compile`` raises for the model, :class:`npu_fusion.FusionExpectationError` where
     ``expect`` (summed over all graphs) is not met, and ``TypeError`` if ``fn_or_module`` is not callable.
     """
     if not callable(fn_or_module):
-        raise TypeError(f"fn_or_module is a {type(fn_or_module).__name__}; accepted: a function or torch.nn.Module")
+        raise TypeError(
+            f"fn_or_module is a {type(fn_or_module).__name__}; accepted: a function or torch.nn.Module"
+        )
     config = FusionConfig.make(fusion_config)
     each = config.replace(dry_run=True, expect=None)
     target = getattr(fn_or_module, "_torchdynamo_orig_callable", fn_or_module)

@@ -124,7 +124,11 @@ def test_verify_raises_on_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("host", ["eager", "inductor"])
 def test_a_dump_has_code_json_and_html(tmp_path: Path, host: str) -> None:
     backend = npu_fusion.get_npu_backend(host=host, fusion_config={"dump_dir": str(tmp_path)})
-    with torch.no_grad(), _compat.without_compile_caches(), torch._inductor.config.patch(fx_graph_cache=False):
+    with (
+        torch.no_grad(),
+        _compat.without_compile_caches(),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
         torch.compile(merged(), backend=backend)(torch.randn(3, 64))
     (folder,) = tmp_path.iterdir()
     names = {p.name for p in folder.iterdir()}
@@ -142,7 +146,11 @@ def test_a_dump_has_code_json_and_html(tmp_path: Path, host: str) -> None:
         ({"fusion_config": {"swigluu": True}}, ValueError, "no key 'swigluu'"),
         ({"fusion_config": 3}, TypeError, "fusion_config is a int"),
         ({"host": "inductor", "compiler_config": 3}, TypeError, "compiler_config is a int"),
-        ({"host": "inductor", "compiler_config": {"nope": 1}}, ValueError, "compiler_config has no key 'nope'"),
+        (
+            {"host": "inductor", "compiler_config": {"nope": 1}},
+            ValueError,
+            "compiler_config has no key 'nope'",
+        ),
         ({"host": "eager", "compiler_config": {}}, ValueError, "host='eager' has no compiler"),
     ],
 )

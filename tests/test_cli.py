@@ -107,5 +107,7 @@ def test_without_rich_explain_prints_plain_text(
 
 
 def test_the_command_is_installed() -> None:
-    done = subprocess.run([sys.executable, "-m", "npu_fusion.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "npu_fusion.cli", "--version"], capture_output=True, text=True
+    )
     assert done.stdout.strip() == f"npu-fusion {npu_fusion.__version__}"

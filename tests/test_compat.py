@@ -13,7 +13,9 @@ import torch
 from npu_fusion import _compat
 
 
-@pytest.mark.parametrize(("version", "parsed"), [("2.13.0+cpu", (2, 13)), ("2.6.0a0+git123", (2, 6)), ("3.0", (3, 0))])
+@pytest.mark.parametrize(
+    ("version", "parsed"), [("2.13.0+cpu", (2, 13)), ("2.6.0a0+git123", (2, 6)), ("3.0", (3, 0))]
+)
 def test_versions_are_read(monkeypatch: pytest.MonkeyPatch, version: str, parsed: tuple[int, int]) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     assert _compat.torch_version() == parsed
@@ -31,8 +33,8 @@ def test_a_torch_that_is_too_old_is_refused_on_import() -> None:
 
 def test_the_import_is_light() -> None:
     code = (
-        "import sys, npu_fusion; heavy = {'transformers', 'triton', 'torch_npu', 'rich', 'safetensors'} & set(sys.modules);"
-        "print(sorted(heavy))"
+        "import sys, npu_fusion; heavy = {'transformers', 'triton', 'torch_npu', 'rich', 'safetensors'};"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

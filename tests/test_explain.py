@@ -99,7 +99,9 @@ def test_it_can_be_called_more_often_than_dynamo_recompiles() -> None:
 
 
 def test_an_expectation_is_checked_over_all_graphs() -> None:
-    with pytest.raises(npu_fusion.FusionExpectationError, match="npu_dequant_swiglu_quant: 1 instead of 2") as failure:
+    with pytest.raises(
+        npu_fusion.FusionExpectationError, match="npu_dequant_swiglu_quant: 1 instead of 2"
+    ) as failure:
         npu_fusion.explain(
             merged(), torch.randn(4, 64), fusion_config={"expect": {"npu_dequant_swiglu_quant": 2}}
         )

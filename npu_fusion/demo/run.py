@@ -1,8 +1,8 @@
 """The main job, end to end, on this machine's CPU: what ``make demo`` runs.
 
 A trained byte-level Llama is quantized to W8A8, its gate and up projections are merged once, and it is
-compiled with npu_fusion. Shown: every fusion, the operators before and after, the loss in floating point, W8A8
-eager and W8A8 fused, how far the fused result is from the eager one, and what the passes cost.
+compiled with npu_fusion. Shown: every fusion, the operators before and after, the loss in floating point,
+W8A8 eager and W8A8 fused, how far the fused result is from the eager one, and what the passes cost.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def run(host: str = "auto", dump_dir: str = "npu_fusion_dump", length: int = 160
         loss_float = evaluate_loss(model, text)
     training = facts()["training"]
     console.print(
-        f"  {training['parameters']:,} parameters, trained on {training['bytes_seen']:,} bytes of Python source "
-        f"by [italic]{training['command']}[/]"
+        f"  {training['parameters']:,} parameters, trained on {training['bytes_seen']:,} bytes of Python "
+        f"source by [italic]{training['command']}[/]"
     )
     with _step(console, "quantize the linears to W8A8 and merge gate and up"):
         replaced = quantize_linears(model)
@@ -115,7 +115,11 @@ def run(host: str = "auto", dump_dir: str = "npu_fusion_dump", length: int = 160
 def _step(console: Console, what: str) -> Iterator[None]:
     """Show that something is going on, and for how long."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as progress:
         progress.add_task(what)
         started = time.perf_counter()
@@ -152,7 +156,8 @@ def _show_numbers(console: Console, rows: list[tuple[str, str]]) -> None:
 
 def _show_text(console: Console, model: Callable[..., Any], length: int) -> None:
     written = bytearray()
-    with Progress(TextColumn("generate with the fused model"), "{task.completed}/{task.total} bytes", console=console, transient=True) as progress:  # fmt: skip
+    columns = (TextColumn("generate with the fused model"), "{task.completed}/{task.total} bytes")
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=length)
 
         def on_byte(byte: int) -> None:

@@ -1,4 +1,4 @@
-"""Host ``inductor``: the pipeline runs as a pass of Inductor, which compiles everything around the fused operators.
+"""Host ``inductor``: the pipeline is a pass of Inductor, which compiles what is around the fused operators.
 
 The pass sees Inductor's decomposed graph before its own post-grad passes. Its ``uuid`` is made of the package
 version and the config, so Inductor's graph cache never mixes graphs of different configurations. A pass that
@@ -108,10 +108,10 @@ def compile_graph(
     if cached is None:
         with _compat.without_compile_caches():
             compiled = compile_fx(gm, inputs, config_patches={**options, "fx_graph_cache": False})
-        return compiled
-    cached.graph, cached.from_cache = name, True
-    record(cached)
-    pipeline.check_expectation(cached, config)
+    else:
+        cached.graph, cached.from_cache = name, True
+        record(cached)
+        pipeline.check_expectation(cached, config)
     return compiled
 
 

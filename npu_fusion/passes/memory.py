@@ -1,4 +1,4 @@
-"""Who writes to whose memory. Graphs are functional but for an epilogue of copies, or where a model says otherwise."""
+"""Who writes to whose memory. Graphs are functional but for an epilogue of copies, with rare exceptions."""
 
 from __future__ import annotations
 

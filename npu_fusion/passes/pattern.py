@@ -2,7 +2,7 @@
 
 ::
 
-    match ─▶ constraints ─▶ numerics policy ─▶ region ─▶ aliasing and mutation ─▶ streams ─▶ memory ─▶ replace ─▶ record
+    match ─▶ constraints ─▶ numerics ─▶ kernel ─▶ region ─▶ mutation ─▶ streams ─▶ memory ─▶ replace ─▶ record
 
 A fusion says *what* it recognizes (:meth:`Fusion.match`: a :class:`Match`, a :class:`Refused` near miss, or
 None) and *how* the replacement is built (:attr:`Match.build`). The gate decides *whether*:

@@ -181,7 +181,7 @@ def readable(graph: fx.Graph) -> str:
 
 
 def check_expectation(report: FusionReport, config: FusionConfig) -> None:
-    """Raise :class:`FusionExpectationError` if a count differs from ``config.expect``, with the near misses."""
+    """Raise :class:`FusionExpectationError`, with the near misses, if a count is not the expected one."""
     if config.expect is None:
         return
     fused = report.fused

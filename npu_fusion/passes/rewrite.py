@@ -157,7 +157,7 @@ class Rewriter:
     # -- building -------------------------------------------------------------------------------------
 
     def emitter(self, inputs: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> Emitter:
-        """Where a replacement goes: before the first output if all inputs are there, else after the last input."""
+        """Where a replacement goes: before the first output if all inputs exist by then, else after the last one."""
         first = min(outputs)
         latest = max(inputs, default=None)
         emitter = Emitter(self, template=outputs[0])
@@ -174,9 +174,9 @@ class Rewriter:
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``target`` returns by its fake implementation.
 
-        The layers of a model repeat the same shapes, and with symbolic sizes a fake tensor takes longer to make
-        than a match to find: equal calls share their result. (Sharing can only make a reader of storages see an
-        alias too many, never one too few.)
+        The layers of a model repeat the same shapes, and with symbolic sizes a fake tensor takes longer to
+        make than a match to find: equal calls share their result. (Sharing can only make a reader of
+        storages see an alias too many, never one too few.)
         """
         key = (target, _signature_of(args), _signature_of(tuple(kwargs.items())))
         if key not in self._fakes:

@@ -51,10 +51,11 @@ class Drift:
 class Term:
     """One value of the graph in canonical form.
 
-    ``op``: name of the canonical operator, or ``"input"`` for what is not looked into (placeholders,
-    unknown operators). ``args``: terms and literals (numbers, sizes, dtypes, strings, None, tuples).
-    ``nodes``: the FX nodes that hold this value, in graph order; empty for values that exist only inside
-    a node (the widening of an operand, say). ``serial``: order of first appearance. ``drift``: what canonicalization itself gave up, if anything.
+    ``op``: name of the canonical operator, or ``"input"`` for what is not looked into (placeholders, unknown
+    operators). ``args``: terms and literals (numbers, sizes, dtypes, strings, None, tuples). ``nodes``: the
+    FX nodes that hold this value, in graph order; empty for values that exist only inside a node (the
+    widening of an operand, say). ``serial``: order of first appearance. ``drift``: what canonicalization
+    itself gave up, if anything.
     """
 
     __slots__ = ("_shape", "args", "drift", "dtype", "nodes", "op", "serial")

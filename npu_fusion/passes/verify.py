@@ -1,4 +1,4 @@
-"""``FusionConfig.verify``: run a region and its replacement on random inputs of the traced shapes and compare.
+"""``FusionConfig.verify``: run a region and its replacement on random inputs of the traced shapes, compare.
 
 Symbolic sizes take the values they were traced with. Tolerances by numerics level: strict is bit-identical;
 otherwise int8 may differ by 2, in at most a quarter of the elements (quotients in 16 bits round often), and
@@ -60,7 +60,8 @@ def _verify(
         problem = _difference(source[old], fused[new], level)
         if problem is not None:
             raise FusionVerificationError(
-                f"{fusion}: {new.name} does not reproduce {old.name} on random inputs ({level.name.lower()}): {problem}"
+                f"{fusion}: {new.name} does not reproduce {old.name} on random inputs "
+                f"({level.name.lower()}): {problem}"
             )
 
 

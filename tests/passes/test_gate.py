@@ -1,4 +1,4 @@
-"""What the gate guarantees for every fusion: no lost input, no second user, memory, layout, devices, undoing."""
+"""What the gate guarantees for every fusion: no lost input, memory, layout, devices, undoing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_transposed_result_keeps_what_follows_working() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
-        y = swiglu(x.transpose(1, 2))  # the source's result keeps the transposed layout, the operator's does not
+        y = swiglu(
+            x.transpose(1, 2)
+        )  # the source's result keeps the transposed layout, the operator's does not
         return y.transpose(1, 2).reshape(2, -1)
 
     outcome = fuse(model, [torch.randn(2, 8, 6)])

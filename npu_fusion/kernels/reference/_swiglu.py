@@ -12,8 +12,9 @@ from torch import Tensor
 def gate(act: Tensor, lin: Tensor, alpha: float = 1.0) -> Tensor:
     """``act / (1 + exp(-alpha * act)) * lin``: silu(act) * lin where ``alpha`` is 1.
 
-    PyTorch's own silu computes that formula; it is called so that a rewrite of ``silu(a) * b`` is bit-identical.
-    (It differs from the separate steps in the last bit, and below -88 by a denormal where they give -0.0.)
+    PyTorch's own silu computes that formula; it is called so that a rewrite of ``silu(a) * b`` is
+    bit-identical. (It differs from the separate steps in the last bit, and below -88 by a denormal where
+    they give -0.0.)
     """
     if alpha == 1.0:
         return torch.nn.functional.silu(act) * lin
