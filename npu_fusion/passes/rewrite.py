@@ -157,7 +157,7 @@ class Rewriter:
     # -- building -------------------------------------------------------------------------------------
 
     def emitter(self, inputs: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> Emitter:
-        """Where a replacement goes: before the first output if all inputs exist by then, else after the last one."""
+        """Where a replacement goes: before the first output, or after the last input where that is later."""
         first = min(outputs)
         latest = max(inputs, default=None)
         emitter = Emitter(self, template=outputs[0])
