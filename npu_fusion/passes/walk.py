@@ -126,8 +126,8 @@ def buildable(term: Term) -> bool:
     return bool(term.nodes)
 
 
-def base_of(term: Term) -> Term:
-    """What a tensor is a view, broadcast or exact conversion of."""
-    while term.op in ("view", "expand", "permute"):
+def unexpanded(term: Term) -> Term:
+    """A value before it was broadcast by ``expand``."""
+    while term.op == "expand":
         term = term.args[0]
     return term

@@ -25,7 +25,7 @@ from npu_fusion.passes.lift.dynamic_quant import channel
 from npu_fusion.passes.pattern import Context, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Size, Term, TermGraph, sizes_of
-from npu_fusion.passes.walk import Walk, dtype_name, operands
+from npu_fusion.passes.walk import Walk, dtype_name, operands, unexpanded
 
 aten = torch.ops.aten
 
@@ -148,7 +148,7 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
         return Refused("two int32 products are multiplied with each other", "", (term,))
     return Refused(
         "a scale is neither per output channel nor per token",
-        f"{list(_unexpanded(a).shape)} times {list(_unexpanded(b).shape)}",
+        f"{list(unexpanded(a).shape)} times {list(unexpanded(b).shape)}",
         (term,),
     )
 
@@ -172,15 +172,9 @@ def _expanded_last(term: Term, view: TermGraph) -> Term:
     return term
 
 
-def _unexpanded(term: Term) -> Term:
-    while term.op == "expand":
-        term = term.args[0]
-    return term
-
-
 def _kind(factor: Term, full: tuple[Size, ...], sizes: Sizes) -> str | None:
     """How a factor broadcasts against the full shape: "channel", "token", "number", or None."""
-    shape = _unexpanded(factor).shape
+    shape = unexpanded(factor).shape
     shape = (1,) * (len(full) - len(shape)) + shape
     lead, last = shape[:-1], shape[-1]
     if all(s == 1 for s in lead):
@@ -193,7 +187,7 @@ def _kind(factor: Term, full: tuple[Size, ...], sizes: Sizes) -> str | None:
 
 
 def _add(kind: str, factor: Term, found: Dequantized) -> None:
-    factor = _unexpanded(factor)
+    factor = unexpanded(factor)
     {"channel": found.per_channel, "token": found.per_token, "number": found.numbers}[kind].append(factor)
     found.order.append(kind)
 

@@ -31,7 +31,7 @@ from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term, TermGraph
-from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands
+from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands, unexpanded
 
 OPERATOR = "npu.npu_dynamic_quant.default"
 _OTHER_ROUNDINGS = ("floor", "ceil", "trunc")
@@ -199,7 +199,7 @@ def _quotient_first(a: Term, b: Term, walk: Walk) -> tuple[Term, Term]:
     """Of a sum's operands, the scaled values (the one of full shape) and the zero point."""
 
     def extent(term: Term) -> tuple[int, int]:
-        shape = _unexpanded(term).shape
+        shape = unexpanded(term).shape
         return sum(size != 1 for size in shape), len(shape)
 
     return (a, b) if extent(a) >= extent(b) else (b, a)
@@ -249,7 +249,7 @@ def _division(term: Term, walk: Walk) -> _Division | None:
                 walk.took(step, "x * (1 / amax * 127) is computed as x / (amax / 127)")
                 return _Division(x, _Maximum(reciprocal.args[0]), factor)
     first, second = term.args
-    if len(_unexpanded(first).shape) < len(second.shape) or first.shape[-1:] == (1,):
+    if len(unexpanded(first).shape) < len(second.shape) or first.shape[-1:] == (1,):
         first, second = second, first
     return _Division(first, second, second, True)
 
@@ -257,7 +257,7 @@ def _division(term: Term, walk: Walk) -> _Division | None:
 def _behind_views(term: Term, walk: Walk) -> Term:
     """What a small factor is made of; where it is applied is checked on the factor as it stands."""
     while True:
-        inner = walk.value(_unexpanded(term))
+        inner = walk.value(unexpanded(term))
         if inner.op != "view":
             return inner
         term = inner.args[0]
@@ -268,12 +268,6 @@ class _Maximum:
     """Stands where a scale is expected and the row maximum itself is meant."""
 
     term: Any
-
-
-def _unexpanded(term: Term) -> Term:
-    while term.op == "expand":
-        term = term.args[0]
-    return term
 
 
 @dataclass(frozen=True)
@@ -327,7 +321,7 @@ def _row_maximum(division: _Division, outer: Walk, context: Context) -> _RowMaxi
         same = outer.value(x)
         if walk.value(source) is not same:
             return Refused("the scale comes from another tensor than the one quantized", "", (term,))
-    operand = _unexpanded(division.applied)
+    operand = unexpanded(division.applied)
     if not context.sizes.same_shape(operand.shape, (*x.shape[:-1], 1)):
         shown = f"{list(operand.shape)} for {list(x.shape)}"
         return Refused("the scale is not applied per token", shown, (term,))
@@ -435,10 +429,10 @@ def channel(term: Any, size: Any, context: Context) -> Term | None:
     """The 1-D tensor behind a factor that broadcasts along the last dimension only, of that size."""
     if not isinstance(term, Term):
         return None
-    shape = _unexpanded(term).shape
+    shape = unexpanded(term).shape
     if not shape or any(s != 1 for s in shape[:-1]) or context.sizes.equal(shape[-1], size) is not Truth.YES:
         return None
-    term = _unexpanded(term)
+    term = unexpanded(term)
     if term.op == "view" and len(term.args[0].shape) == 1:
         term = term.args[0]
     return term

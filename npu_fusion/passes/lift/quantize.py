@@ -26,7 +26,7 @@ from npu_fusion.passes.lift.dynamic_quant import Quantized, channel, quantizatio
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term
-from npu_fusion.passes.walk import buildable, dtype_name
+from npu_fusion.passes.walk import buildable, dtype_name, unexpanded
 
 OPERATOR = "npu.npu_quantize.default"
 _INT8 = (1, 12, torch.int8, torch.qint8)
@@ -111,7 +111,6 @@ def scale_and_offset(e: Emitter, found: Quantized) -> tuple[fx.Node, fx.Node | N
 
 def _vector(e: Emitter, value: Any) -> fx.Node:
     if isinstance(value, Term):
-        while value.op == "expand":
-            value = value.args[0]
+        value = unexpanded(value)
         return e.view(e.term(value, torch.float32), (product(value.shape),))
     return e.full([1], value)

@@ -35,7 +35,7 @@ from npu_fusion.passes.lift.dynamic_quant import channel
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused, held_by
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, sizes_of
-from npu_fusion.passes.walk import Walk, buildable, dtype_name, narrow, operands, rounded
+from npu_fusion.passes.walk import Walk, buildable, dtype_name, narrow, operands, rounded, unexpanded
 
 FLOATS = (torch.float32, *LOW_PRECISION)
 MAX_RANK = 8
@@ -224,8 +224,7 @@ def _root_mean_square(value: Term, x: Term, root: Term, term: Term, walk: Walk) 
             return Refused("the mean square is of another tensor than the one scaled", "", (term,))
     if _centered(same, walk.sizes):
         return Refused("the mean is subtracted: this is a LayerNorm", "", (term,))
-    while root.op == "expand":
-        root = root.args[0]
+    root = unexpanded(root)
     if not walk.sizes.same_shape(root.shape, (*x.shape[:-1], 1)):
         return Refused("the root is not applied per row", f"{list(root.shape)} for {list(x.shape)}", (term,))
     return _Scaled(same, float(epsilon), (square, term))

@@ -37,7 +37,7 @@ from npu_fusion.passes.lift.swiglu import even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, TermGraph, representable
-from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands, rounded
+from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands, rounded, unexpanded
 from npu_fusion.targets import TARGETS
 
 RANK = 4
@@ -218,7 +218,7 @@ class Arguments:
 def arguments(found: Rotation, term: Term, context: Context) -> Arguments | Refused:
     """What the rotary operators are called with to give ``term`` (the rotation or its rounding)."""
     output = rounded(term, context)
-    factors = [_unexpanded(found.cos), _unexpanded(found.sin)]
+    factors = [unexpanded(found.cos), unexpanded(found.sin)]
     given = [found.x, *factors]
     fit = all(representable(t, output.dtype) for t in given)
     x, cos, sin = (context.view.cast(t, output.dtype) for t in given) if fit else given
@@ -244,12 +244,6 @@ def arguments(found: Rotation, term: Term, context: Context) -> Arguments | Refu
             "cosine and sine do not broadcast over the input as the operator has it", shown, (term,)
         )
     return Arguments(x, cos, sin, output, found.twice)
-
-
-def _unexpanded(term: Term) -> Term:
-    while term.op == "expand":
-        term = term.args[0]
-    return term
 
 
 def padded(shape: Sequence[Size], rank: int) -> tuple[Size, ...]:
