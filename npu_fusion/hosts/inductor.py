@@ -99,7 +99,7 @@ def compile_graph(
     inference = not _compat.may_need_grad(gm, inputs)
     before = given.pop(PASS, getattr(inductor_config, PASS))
     options = {**given, PASS: FusionPass(config, name, collect, inference, before)}
-    stored = _stored_report(gm, inputs, config)
+    stored = _stored_report(gm, inputs, options)
     compiled: Any = compile_fx(gm, inputs, config_patches=options)
     if reports:
         _save(stored, reports[0])
@@ -115,11 +115,17 @@ def compile_graph(
     return compiled
 
 
-def _stored_report(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionConfig) -> Path:
-    """Where the report of this very graph, with this config, lies."""
-    described = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else repr(x) for x in inputs]
-    parts = [torch.__version__, config.cache_key(), gm.code, *described]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _stored_report(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Path:
+    """Where the report of this very graph lies, by everything that the passes' result depends on."""
+    described = [
+        f"{tuple(x.shape)} {x.stride()} {x.dtype} {x.device} {x.requires_grad}"
+        if isinstance(x, torch.Tensor)
+        else repr(x)
+        for x in inputs
+    ]
+    settings = {key: value for key, value in options.items() if key != PASS}
+    context = (torch.__version__, torch.is_grad_enabled(), options[PASS].uuid(), sorted(settings.items()))
+    key = hashlib.sha256("\0".join([repr(context), gm.code, *described]).encode()).hexdigest()
     return _compat.inductor_cache_dir() / "npu_fusion" / f"{key}.json"
 
 

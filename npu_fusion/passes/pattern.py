@@ -32,7 +32,7 @@ from torch import fx
 from npu_fusion.config import FusionConfig, Numerics
 from npu_fusion.passes.checks import Sizes, Truth, product
 from npu_fusion.passes.memory import storage_root, written_by
-from npu_fusion.passes.rewrite import Emitter, Rewriter
+from npu_fusion.passes.rewrite import Emitter, RewriteError, Rewriter
 from npu_fusion.passes.terms import Drift, Size, Term, TermGraph, sizes_of
 from npu_fusion.passes.verify import verify
 from npu_fusion.report import Fused, FusionReport, Refusal
@@ -101,6 +101,10 @@ FUSIONS: dict[str, Fusion] = {}
 """Name -> fusion, filled when the modules of passes/lift and passes/compose are imported."""
 
 
+class _OtherSize(Exception):
+    """A replacement has another number of elements than what it replaces."""
+
+
 class Fusion(ABC):
     """One fused operator: what it looks like in a graph and how it is put there."""
 
@@ -160,7 +164,14 @@ class Fusion(ABC):
             emitted: tuple[str, ...] = ()
             context.rewriter.pretend(region.nodes, replaced)
         else:
-            emitted = self._replace(found, outputs, region, context)
+            try:
+                emitted = self._replace(found, outputs, region, context)
+            except (_OtherSize, RewriteError) as error:
+                reason = "the source broadcasts where the operator does not"
+                if isinstance(error, RewriteError):
+                    reason = "the replacement cannot be written down in this graph"
+                self._refuse(term, Refused(reason, str(error)), context)
+                return False
         context.report.fusions.append(
             Fused(
                 self.name,
@@ -190,6 +201,9 @@ class Fusion(ABC):
                         continue
                     value = node.meta["val"]
                     form = (value.dtype, sizes_of(value.shape))
+                    have = product(sizes_of(result.meta["val"].shape))
+                    if context.sizes.equal(have, product(form[1])) is not Truth.YES:
+                        raise _OtherSize(f"{node.name} has shape {list(form[1])}")
                     if form not in shaped:
                         shaped[form] = emitter.view(emitter.cast(result, form[0]), form[1])
                     new.append((node, shaped[form]))
@@ -259,9 +273,10 @@ class Region:
             inside[node] = None
             pending.extend(node.all_input_nodes)
         ends = set(outputs)
-        first = min(outputs)
+        # Nodes before the first output cannot depend on it, unless late insertions wait for the final sort.
+        first = None if context.rewriter.needs_sort else min(outputs)
         for node in used:
-            if node > first and _depends_on(node, inside, first):
+            if (first is None or node > first) and _depends_on(node, inside, first):
                 return Refused(
                     "an input depends on an output", f"{node.name} is computed from what is replaced"
                 )
@@ -289,14 +304,14 @@ class Region:
         return context.hazards.between(self, max(self.nodes))
 
 
-def _depends_on(node: fx.Node, region: Container[fx.Node], first: fx.Node) -> bool:
-    """Is ``node`` computed from a node of the region? Only nodes after ``first`` can be."""
+def _depends_on(node: fx.Node, region: Container[fx.Node], first: fx.Node | None) -> bool:
+    """Is ``node`` computed from a node of the region? Only nodes after ``first`` (if given) can be."""
     pending, seen = [node], {node}
     while pending:
         for source in pending.pop().all_input_nodes:
             if source in region:
                 return True
-            if source > first and source not in seen:
+            if source not in seen and (first is None or source > first):
                 seen.add(source)
                 pending.append(source)
     return False
@@ -388,15 +403,28 @@ def _numerics(match: Match, context: Context) -> Refused | None:
     return None
 
 
+_READS_LAYOUT = frozenset(
+    {
+        torch.ops.aten.as_strided.default,
+        torch.ops.aten.view_as_complex.default,
+        torch.ops.aten.view.dtype,
+    }
+)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
 
 
 def _layout(replaced: Sequence[fx.Node], context: Context) -> Refused | None:
     """A reader of strides or of the storage behind a value would see those of the operator's own output."""
     for node in replaced:
-        for user in context.rewriter.live_users(node):
-            if user.target is torch.ops.aten.as_strided.default:
-                return Refused("the result is read with as_strided", f"{user.name} reads {node.name}")
+        pending = [node]
+        while pending:
+            for user in context.rewriter.live_users(pending.pop()):
+                if user.target in _READS_LAYOUT:
+                    return Refused(
+                        "the result is read by its memory layout", f"{user.name} reads {node.name}"
+                    )
+                if getattr(user.target, "is_view", False):
+                    pending.append(user)
     return None
 
 

@@ -271,17 +271,20 @@ class Emitter:
         have = sizes_of(node.meta["val"].shape)
         if have == shape:
             return node
-        return self.call(aten.reshape.default, node, self.sizes(shape))
+        return self.call(aten.reshape.default, node, self.sizes(shape, infer=True))
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """One size of ``node`` as an argument."""
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
 
-    def sizes(self, shape: tuple[Size, ...]) -> list[Any]:
-        """A shape as arguments: numbers, one -1, and nodes for the other symbolic sizes."""
+    def sizes(self, shape: tuple[Size, ...], infer: bool = False) -> list[Any]:
+        """A shape as arguments: numbers, nodes for symbolic sizes, and with ``infer`` one -1 where none is known.
+
+        Raises :class:`RewriteError` where no node of the graph holds a size.
+        """
         arguments: list[Any] = []
-        inferred = False
+        inferred = not infer
         for size in shape:
             if isinstance(size, int):
                 arguments.append(size)

@@ -32,6 +32,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from npu_fusion import _compat
 from npu_fusion.config import Numerics
 from npu_fusion.passes.memory import storage_root, written_by
 
@@ -234,6 +235,12 @@ class TermGraph:
             term = self._table[key] = Term(op, args, dtype, drift, len(self._table))
         return term
 
+    def constant(self, value: int | float, shape: tuple[Size, ...], dtype: torch.dtype) -> Term:
+        """A tensor of one number, as its dtype holds that number."""
+        with _compat.real_tensors():
+            held = torch.tensor(value, dtype=dtype).item()
+        return self.make("const", (held, shape), dtype)
+
     def users(self, term: Term) -> list[Term]:
         """The terms that have ``term`` as an operand, in the graph as it came (matching may make more)."""
         if self._users is None:
@@ -267,7 +274,7 @@ class TermGraph:
         if term.op == "cast" and dtype == torch.float32 and representable(term.args[0], term.dtype):
             return term.args[0]  # the rounding in between changed nothing
         if term.op == "const":
-            return self.make("const", term.args, dtype)
+            return self.constant(term.args[0], term.args[1], dtype)
         if term.op == "half":  # casts go inside, so that both halves share one converted base
             base, which = term.args
             return self.make("half", (self.cast(base, dtype), which), dtype, term.drift)
@@ -303,6 +310,8 @@ class TermGraph:
             value = self._symbol(node)
             if value is None:
                 value = self.input(node)
+        if isinstance(value, Term) and value.nodes and _size(node) != value.shape:
+            value = self.input(node)  # the same values in another shape: some broadcast was not seen
         self.of[node] = value
         if isinstance(value, Term):
             if not value.nodes:
@@ -359,6 +368,10 @@ class TermGraph:
                 number = value.item()
             return self.make("const", (number, tuple(value.shape)), value.dtype)
         return self.input(node)
+
+
+def _size(node: fx.Node) -> tuple[Size, ...]:
+    return sizes_of(node.meta["val"].shape)
 
 
 # Operators whose result is one of their operands' values, up to sign or rounding to an integer.

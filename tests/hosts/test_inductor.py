@@ -112,3 +112,18 @@ def test_options_of_inductor_reach_it() -> None:
     with torch.no_grad():
         torch.compile(merged(), backend=backend)(torch.randn(4, 64))
     assert backend.reports[0].fused == FUSED
+
+
+def test_a_training_graph_and_an_inference_graph_do_not_share_their_report() -> None:
+    def gated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        a, b = (x @ w.t()).chunk(2, -1)
+        return torch.nn.functional.silu(a) * b
+
+    def fused(training: bool) -> dict[str, int]:
+        torch._dynamo.reset()
+        backend = npu_fusion.get_npu_backend(host="inductor")
+        w = torch.ones(64, 32, requires_grad=training)
+        torch.compile(gated, backend=backend)(torch.randn(8, 32), w)
+        return backend.reports[0].fused
+
+    assert [fused(training) for training in (False, True, False, True)] == [{"npu_swiglu": 1}, {}] * 2

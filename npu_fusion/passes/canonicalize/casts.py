@@ -88,8 +88,8 @@ def _scalar_tensor(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 
 
 def _filled(view: TermGraph, node: fx.Node, value: Any) -> Any:
-    """A tensor of one number. Its shape matters to no elementwise consumer that it broadcasts with."""
+    """A tensor of one number."""
     if isinstance(value, Term) or not isinstance(value, (int, float)):
         return NotImplemented
     result = node.meta["val"]
-    return view.make("const", (value, sizes_of(result.shape)), result.dtype)
+    return view.constant(value, sizes_of(result.shape), result.dtype)

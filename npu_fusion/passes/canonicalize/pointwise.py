@@ -21,7 +21,17 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term, TermGraph, pointwise, rule
+from npu_fusion.passes.terms import (
+    LOW_PRECISION,
+    Drift,
+    Size,
+    Term,
+    TermGraph,
+    broadcast,
+    pointwise,
+    rule,
+    sizes_of,
+)
 
 aten = torch.ops.aten
 
@@ -72,6 +82,18 @@ _WIDE_INTEGERS = (torch.int16, torch.int32, torch.int64)
 _SILU_WRITTEN_OUT = "silu in one operator rather than exp, add and div: last bit of float32"
 
 
+def _grown_by_constant(node: fx.Node, *operands: Any) -> bool:
+    """Is the result larger than its operands because of a constant's shape, which a number would not have?"""
+    terms = [t for t in operands if isinstance(t, Term)]
+    if not any(t.op == "const" and t.args[1] for t in terms):
+        return False
+    shape: tuple[Size, ...] = ()
+    for t in terms:
+        if t.op != "const":
+            shape = broadcast(shape, t.shape)
+    return shape != sizes_of(node.meta["val"].shape)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -120,7 +142,7 @@ def _one_plus_exp_neg(term: Term) -> tuple[Term, tuple[Drift, ...]] | None:
 
 def _result(view: TermGraph, node: fx.Node, name: str, a: Any, b: Any) -> Any:
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or _grown_by_constant(node, a, b):
         return NotImplemented
     result = value.dtype
     compute = _compute_dtype(result)
@@ -282,6 +304,8 @@ def _clamp_max(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 def _clamped(view: TermGraph, node: fx.Node, x: Any, low: Any, high: Any) -> Any:
     result = node.meta["val"].dtype
     compute = _compute_dtype(result)
+    if _grown_by_constant(node, x, low, high):
+        return NotImplemented
     low, high = _operand(view, low, compute), _operand(view, high, compute)
     return view.cast(clamp(view, view.cast(x, compute), low, high), result)
 
@@ -306,7 +330,7 @@ def _pow(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 @rule(aten.eq.Scalar, aten.eq.Tensor)
 def _eq(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     x, y = args
-    if not isinstance(x, Term):
+    if not isinstance(x, Term) or _grown_by_constant(node, x, y):
         return NotImplemented
     return view.make("eq", (x, y.args[0] if isinstance(y, Term) and y.op == "const" else y), torch.bool)
 
@@ -314,7 +338,7 @@ def _eq(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 @rule(aten.ne.Scalar, aten.ne.Tensor)
 def _ne(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     x, y = args
-    if not isinstance(x, Term):
+    if not isinstance(x, Term) or _grown_by_constant(node, x, y):
         return NotImplemented
     return view.make("ne", (x, y.args[0] if isinstance(y, Term) and y.op == "const" else y), torch.bool)
 
@@ -323,7 +347,7 @@ def _ne(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 def _where(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     result = node.meta["val"].dtype
     condition, a, b = args
-    if not isinstance(condition, Term):
+    if not isinstance(condition, Term) or _grown_by_constant(node, condition, a, b):
         return NotImplemented
     if condition.op == "ne":
         condition, a, b = view.make("eq", condition.args, torch.bool), b, a

@@ -173,6 +173,7 @@ def _selected(view: TermGraph, x: Term, dim: int, index: int) -> Term:
     if x.op == "view" and dim == len(shape) - 1 and shape[dim] == 2:
         base = x.args[0]
         if len(base.shape) == dim and base.shape[-1] == 2 * shape[-2]:
+            base = reshaped(view, base, (*shape[: dim - 1], base.shape[-1]))
             return part(view, base, dim - 1, index, shape[-2], 2)
     if x.op == "view" and dim == len(shape) - 2 and shape[dim] == 2:
         base = x.args[0]

@@ -99,6 +99,8 @@ class AddRMSNormQuant(Fusion):
 def _source(value: Term) -> Term:
     """What a scale or zero point was before it was broadcast and widened, which the operator does itself."""
     while value.op in ("expand", "view") or (value.op == "cast" and value.dtype == torch.float32):
+        if value.op == "view" and any(s != 1 for s in value.args[0].shape[:-1]):
+            break  # [H, 1] viewed as [H], say: the view is what is meant
         if value.op == "cast" and value.args[0].dtype not in (torch.int8, torch.int32, *LOW_PRECISION):
             break
         value = value.args[0]

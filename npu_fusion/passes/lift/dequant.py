@@ -50,6 +50,8 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     """Take ``x`` apart into an int32 product and its scales."""
     found = Dequantized()
     value = walk.value(x)
+    if len(value.shape) < 2:
+        return Refused("there is no int32 product: the value has less than two dimensions", "", (x,))
     if value.op == "add" and isinstance(value.args[1], Term):
         for rest, bias in _product_first(*value.args):
             vector = channel(bias, value.shape[-1], context)
@@ -62,7 +64,7 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     product = found.product
     if product is None:
         return Refused("there is no int32 product: the matmul is done in floating point", "", (x,))
-    if product.op == "add" and found.bias is None:
+    if product.op == "add" and isinstance(product.args[1], Term) and found.bias is None:
         for rest, bias in sorted(operands(product), key=lambda pair: walk.rows(pair[0]).op != "int_mm"):
             vector = channel(bias, product.shape[-1], context)
             if vector is not None and vector.dtype == torch.int32 and available(walk.rows(rest)):

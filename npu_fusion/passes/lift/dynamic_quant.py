@@ -462,6 +462,8 @@ class DynamicQuant(Fusion):
 
 
 def _match(term: Term, found: Quantized, x: Term, smooth: Term | None, context: Context) -> Match | Refused:
+    if len(x.shape) < 2:
+        return Refused("the operator takes two or more dimensions", f"{len(x.shape)}", (term,))
     if not buildable(x):
         return Refused("no node holds the value that is quantized", "", (term,))
     if context.config.target is not None and x.dtype not in LOW_PRECISION:

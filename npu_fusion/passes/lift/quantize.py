@@ -10,8 +10,8 @@ Also ``x * factor``, and a zero point added before rounding. :func:`given_scale`
 
 Conditions: int8 with the full range; half to even; one scale, or one per entry of the last dimension.
 
-Source: torch_npu documentation of npu_quantize: ``div_mode=False`` multiplies by the scales and adds the zero
-point before rounding; ``div_mode=True`` divides, rounds, then adds.
+Source: torch_npu documentation of npu_quantize: ``div_mode=False`` multiplies by the scales and
+``div_mode=True`` divides; both add the zero point before rounding.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def _single(scales: Any) -> bool:
 
 def along_last(found: Quantized, context: Context) -> Refused | None:
     """Refuse a given scale or zero point that is not one number, or one per entry of the last dimension."""
+    if not found.x.shape:
+        return Refused("a single number is quantized", "", (found.y,))
     last = found.x.shape[-1]
     for which, value in (("scale", found.static_scale), ("zero point", found.offset)):
         if isinstance(value, Term) and not _single(value) and channel(value, last, context) is None:

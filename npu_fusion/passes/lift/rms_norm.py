@@ -69,6 +69,8 @@ def normalized(term: Term, context: Context) -> Normalized | Refused | None:
     key = (normalized, term)
     if key not in context.memo:
         found = _operator(term) if term.op == "rms_norm" else _product(term, context)
+        if isinstance(found, Normalized) and found.x.shape[-1:] in ((), (0,)):
+            found = Refused("the last dimension is empty", "", (term,))
         if isinstance(found, Normalized) and not _rows_are_contiguous(found.x):
             what = "the squares of a row that is not contiguous are added in another order"
             note = Drift(Numerics.ACCURATE, what)
@@ -87,7 +89,7 @@ def called(term: Term, *operators: str) -> bool:
 
 
 def _rows_are_contiguous(x: Term) -> bool:
-    return all(sizes_of(n.meta["val"].stride())[-1:] == (1,) for n in held_by(x)[:1])
+    return all(sizes_of(n.meta["val"].stride())[-1:] == (1,) for n in held_by(x))
 
 
 def _operator(term: Term) -> Normalized | Refused:
