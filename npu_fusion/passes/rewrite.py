@@ -279,7 +279,7 @@ class Emitter:
         return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
 
     def sizes(self, shape: tuple[Size, ...], infer: bool = False) -> list[Any]:
-        """A shape as arguments: numbers, nodes for symbolic sizes, and with ``infer`` one -1 where none is known.
+        """A shape as arguments: numbers, nodes for symbolic sizes, and with ``infer`` one -1 for an unknown.
 
         Raises :class:`RewriteError` where no node of the graph holds a size.
         """
