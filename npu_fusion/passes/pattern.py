@@ -201,8 +201,9 @@ class Fusion(ABC):
                         continue
                     value = node.meta["val"]
                     form = (value.dtype, sizes_of(value.shape))
+                    # Undecided is no refusal: two symbols may be one size, which the reshape then checks.
                     have = product(sizes_of(result.meta["val"].shape))
-                    if context.sizes.equal(have, product(form[1])) is not Truth.YES:
+                    if context.sizes.equal(have, product(form[1])) is Truth.NO:
                         raise _OtherSize(f"{node.name} has shape {list(form[1])}")
                     if form not in shaped:
                         shaped[form] = emitter.view(emitter.cast(result, form[0]), form[1])
