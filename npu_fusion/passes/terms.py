@@ -310,7 +310,7 @@ class TermGraph:
             value = self._symbol(node)
             if value is None:
                 value = self.input(node)
-        if isinstance(value, Term) and value.nodes and _size(node) != value.shape:
+        if isinstance(value, Term) and value.nodes and _size(node) != _size(value.nodes[0]):
             value = self.input(node)  # the same values in another shape: some broadcast was not seen
         self.of[node] = value
         if isinstance(value, Term):
@@ -370,8 +370,10 @@ class TermGraph:
         return self.input(node)
 
 
-def _size(node: fx.Node) -> tuple[Size, ...]:
-    return sizes_of(node.meta["val"].shape)
+def _size(node: fx.Node) -> tuple[Size, ...] | None:
+    """Sizes of a tensor, None for what returns several."""
+    value = node.meta.get("val")
+    return sizes_of(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 # Operators whose result is one of their operands' values, up to sign or rounding to an integer.
