@@ -31,6 +31,8 @@ class Operator:
     schema: str
     fake: Callable[..., Any]
     cpu: Callable[..., Any] | None = field(default=None)
+    copying: str | None = field(default=None)
+    """For an operator that returns the argument it writes: the one that returns a copy instead."""
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -44,18 +46,20 @@ OPERATORS: dict[str, Operator] = {}
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def operator(schema: str) -> Callable[[F], F]:
+def operator(schema: str, *, copying: str | None = None) -> Callable[[F], F]:
     """Declare an operator: ``@operator("npu_swiglu(Tensor input, int dim=-1) -> Tensor")`` on its fake.
 
     The decorated function checks every argument and returns tensors without data (``new_empty``). It must
-    work on symbolic sizes without specializing them.
+    work on symbolic sizes without specializing them. An operator that writes its first argument and returns
+    it (``Tensor(a!) input, .. -> Tensor(a!)``) names in ``copying`` the operator that takes the same
+    arguments and returns a copy: PyTorch cannot trace such an operator by itself.
     """
     name = schema.partition("(")[0]
 
     def decorate(fake: F) -> F:
         if name in OPERATORS:
             raise ValueError(f"operator {name!r} is declared twice")
-        OPERATORS[name] = Operator(name, schema, fake)
+        OPERATORS[name] = Operator(name, schema, fake, copying=copying)
         return fake
 
     return decorate
@@ -89,6 +93,21 @@ def _checked(op: Operator) -> Callable[..., Any]:
     return call
 
 
+def _functionalized(copying: Operator) -> Callable[..., Any]:
+    """What a traced call of an operator becomes: the copying operator, then an update of the argument."""
+
+    def call(api: Any, written: Any, *args: Any, **kwargs: Any) -> Any:
+        plain, plain_kwargs = api.unwrap_tensors((written, *args)), api.unwrap_tensors(kwargs)
+        with api.redispatch_to_next():
+            updated = copying.overload(*plain, **plain_kwargs)
+        api.replace(written, updated)
+        api.commit_update(written)
+        api.sync(written)
+        return written
+
+    return call
+
+
 def register_all() -> None:
     """Hand every declared operator to the dispatcher; what exists already is left as it is."""
     if _LIBRARIES:
@@ -101,5 +120,7 @@ def register_all() -> None:
         if not defined:
             library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, op.fake, lib=library)
+            if op.copying is not None:
+                op.overload.py_functionalize_impl(_functionalized(OPERATORS[op.copying]))
         if op.cpu is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
             library.impl(op.name, _checked(op), "CPU")
