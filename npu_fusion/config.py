@@ -13,7 +13,15 @@ from typing import Any
 
 from npu_fusion._version import fingerprint
 
-TARGETS = ("ascend910b", "ascend910_93", "ascend950")
+TARGETS = (
+    "ascend910b",
+    "ascend910_93",
+    "ascend910b-7.0",
+    "ascend910b-7.1",
+    "ascend910_93-7.0",
+    "ascend910_93-7.1",
+    "ascend950",
+)
 ENV_PREFIX = "NPU_FUSION_"
 
 
@@ -45,7 +53,11 @@ class FusionConfig:
     ``verify``: run every rewritten region and its replacement on random inputs and raise on a mismatch.
     ``dump_dir``: where each graph leaves its FX code after every stage, ``report.json`` and ``report.html``.
     ``target``: the SoC whose hardware limits apply (``"ascend910b"``, ``"ascend910_93"``,
-    ``"ascend950"``), or None: no limits, as on the CPU.
+    ``"ascend950"``; with ``-7.0`` or ``-7.1`` behind the first two, those of that torch_npu release), or
+    None: no limits, as on the CPU.
+    ``cache_layout``: ``"model"`` (default) keeps what the model stores in its caches; ``"npu"`` lets
+    ``mla_prolog`` store a rotated key that the model has in adjacent pairs as halves, as the operator does:
+    every reader and writer of that cache must then be compiled so, and query and key be used together only.
     ``symbolic``: what to do when symbolic sizes leave a condition undecided: ``"refuse"`` or ``"guard"``.
     ``int32_bytes_per_token``: most bytes of int32 product per token that a fusion may newly create where
     the source rounded to 16 bits at once (None: no limit).
@@ -65,6 +77,9 @@ class FusionConfig:
     rotary_mul: bool = True
     interleave_rope: bool = True
     dequant_swiglu_quant: bool = True
+    mla_prolog: bool = True
+    mla_absorb: bool = True
+    kv_rmsnorm_rope_cache: bool = True
 
     numerics: str = "accurate"
     strict: bool = False
@@ -73,6 +88,7 @@ class FusionConfig:
     verify: bool = False
     dump_dir: str | None = None
     target: str | None = None
+    cache_layout: str = "model"
     symbolic: str = "refuse"
     int32_bytes_per_token: int | None = None
     int32_product_bytes: int | None = None
@@ -87,6 +103,7 @@ class FusionConfig:
                 _require(ok, field.name, value, "a number of bytes >= 0, or None")
         _require_choice("numerics", self.numerics, tuple(n.name.lower() for n in Numerics))
         _require_choice("symbolic", self.symbolic, ("refuse", "guard"))
+        _require_choice("cache_layout", self.cache_layout, ("model", "npu"))
         _require_choice("target", self.target, (None, *TARGETS))
         if isinstance(self.dump_dir, Path):
             object.__setattr__(self, "dump_dir", str(self.dump_dir))

@@ -71,6 +71,8 @@ class Match:
     build: Callable[[Emitter], Sequence[fx.Node]]
     drift: Sequence[Drift] = ()
     constraints: Sequence[Constraint] = ()
+    operator: str | None = None
+    """The operator that this match emits, where the fusion has a choice of them."""
     otherwise: Match | None = None
     """A smaller match to try where values inside this one are needed outside."""
     int32_product: tuple[Size, ...] | None = None
@@ -110,8 +112,8 @@ class Fusion(ABC):
 
     name: ClassVar[str]
     """Also the name of its flag in FusionConfig and of its file."""
-    operator: ClassVar[str]
-    """The operator that it emits."""
+    operator: ClassVar[str | None]
+    """The operator that it emits; None: plain ATen operators, and the report counts it under its name."""
     anchors: ClassVar[tuple[str, ...]]
     """Canonical operators at which :meth:`match` is tried."""
     priority: ClassVar[int]
@@ -146,10 +148,11 @@ class Fusion(ABC):
             outputs = _live(found, context)
             region = Region.between(found, [n for nodes in outputs for n in nodes], context)
         replaced = [n for nodes in outputs for n in nodes]
+        operator = found.operator or self.operator
         refusal = (
             _constraints(found, context)
             or _numerics(found, context)
-            or _kernel(self.operator, replaced[0])
+            or _kernel(operator, replaced[0])
             or _layout(replaced, context)
             or (region if isinstance(region, Refused) else None)
         )
@@ -175,7 +178,7 @@ class Fusion(ABC):
         context.report.fusions.append(
             Fused(
                 self.name,
-                self.operator,
+                operator or self.name,
                 _level(found.drift).name.lower(),
                 tuple(dict.fromkeys(d.what for d in found.drift)),
                 tuple(n.name for n in sorted(region.nodes)),
@@ -269,7 +272,7 @@ class Region:
                     "the source reads a value that the fused operator has no argument for",
                     f"it reads {node.name}",
                 )
-            if _holds_size(node):
+            if _holds_size(node) or (_is_empty(node) and not _is_empty(outputs[0])):
                 continue
             inside[node] = None
             pending.extend(node.all_input_nodes)
@@ -334,9 +337,15 @@ def _is_size_or_constant(node: fx.Node, context: Context) -> bool:
     return _holds_size(node) or (isinstance(term, Term) and term.op == "const")
 
 
+def _is_empty(node: fx.Node) -> bool:
+    """A tensor without entries, such as the rotary part of a key that has none."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(type(s) is int and s == 0 for s in value.shape)
+
+
 def _ignores_value(user: fx.Node) -> bool:
-    """Users that check metadata only and go with what they check."""
-    return user.target is torch.ops.aten._assert_tensor_metadata.default
+    """Users that check metadata only, or take no entries, and go with what they read."""
+    return user.target is torch.ops.aten._assert_tensor_metadata.default or _is_empty(user)
 
 
 def _stream(node: fx.Node) -> Any:
@@ -361,11 +370,12 @@ class Hazards:
         """Does a node up to the region's end write what the region reads, after the region began?"""
         if not self.writers:
             return None
-        start = min(region.nodes)
-        if max(region.inputs, default=start) > min(region.outputs):
+        start, first = min(region.nodes), min(region.outputs)
+        last = max(region.inputs, default=start)
+        if last > first and any(first < node < last for node, _ in self.writers):
             return Refused(
                 "the graph would have to be reordered, and it writes to memory",
-                f"the last input comes after {min(region.outputs).name}",
+                f"the last input comes after {first.name}",
             )
         read = {storage_root(n) for n in region.inputs}
         for node, written in self.writers:
@@ -429,8 +439,10 @@ def _layout(replaced: Sequence[fx.Node], context: Context) -> Refused | None:
     return None
 
 
-def _kernel(operator: str, replaced: fx.Node) -> Refused | None:
+def _kernel(operator: str | None, replaced: fx.Node) -> Refused | None:
     """Is there something to run on the device of the graph?"""
+    if operator is None:
+        return None
     device = replaced.meta["val"].device.type
     key = _DISPATCH_KEYS.get(device)
     if device == "meta" or (

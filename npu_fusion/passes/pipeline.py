@@ -2,11 +2,16 @@
 
 ::
 
-    FX graph ─▶ TermGraph (canonical view, graph untouched) ─▶ compose ─▶ lift ─▶ order, clean up, lint
+    FX graph ─▶ TermGraph (canonical view, graph untouched) ─▶ absorb ─▶ compose ─▶ lift ─▶ order, clean, lint
+                    ▲                                            │
+                    └───────── anew, if it did anything ─────────┘
 
 Composition comes before lifting on purpose: both recognize on the canonical view, so a large fusion does not
 need its small parts to be in the graph, and what is never emitted costs nothing. What a large fusion refuses,
 the small ones then find as it was.
+
+Absorbing (MLA) changes what is computed, and the other fusions are to find the result: only after it, and
+only if something was absorbed, the canonical view is made a second time, of the graph as it then is.
 
 A failing fusion is undone alone; a failure of the whole leaves the graph as it came. Both warn, or raise in
 strict mode.
@@ -14,10 +19,11 @@ strict mode.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import fx
@@ -96,15 +102,33 @@ def _run_stages(
         _failed("canonicalize", error, config, report)
         return
     report.timing["canonicalize"] = clock() - started
+    started = clock()
+    absorbed = _absorb(anchors, context)
+    report.timing["absorb"] = clock() - started
+    if absorbed:
+        if keep_stages and not config.dry_run:
+            report.stages.append(("absorb", readable(graph)))
+        started = clock()
+        try:
+            context = dataclasses.replace(context, view=rewriter.look_again(), memo={})
+            anchors = _anchors(context.view)
+        except Exception as error:
+            rewriter.rollback()
+            report.fusions.clear()
+            _failed("canonicalize", error, config, report)
+            return
+        report.timing["canonicalize"] += clock() - started
     for stage in ("compose", "lift"):
         started = clock()
-        for fusion in sorted(FUSIONS.values(), key=lambda f: f.priority):
-            if fusion.stage == stage and config.enabled(fusion.name):
-                _run_fusion(fusion, anchors, context)
+        _run_stage(stage, anchors, context)
         report.timing[stage] = clock() - started
         if keep_stages and report.fusions and not config.dry_run:
             report.stages.append((stage, readable(graph)))
-    if not report.fusions or config.dry_run:
+    if config.dry_run:
+        rewriter.rollback()
+        _forget(report, {node.name for node in graph.nodes})
+        return
+    if not report.fusions:
         return
     started = clock()
     order = {node.name: position for position, node in enumerate(graph.nodes)}
@@ -119,6 +143,31 @@ def _run_stages(
     report.timing["clean up"] = clock() - started
     if keep_stages:
         report.stages.append(("after", readable(graph)))
+
+
+def _absorb(anchors: dict[str, list[Term]], context: Context) -> bool:
+    """Rewrite what later stages are to see rewritten; was anything? A dry run does it, too, and takes it back
+    at the end, so that it finds what the real run would."""
+    if context.config.dry_run:
+        context = dataclasses.replace(context, config=context.config.replace(dry_run=False))
+    _run_stage("absorb", anchors, context)
+    return bool(context.report.fusions)
+
+
+def _forget(report: FusionReport, names: Container[str]) -> None:
+    """Leave out of the account of a dry run the nodes that were there only while it ran."""
+    for i, fused in enumerate(report.fusions):
+        nodes = tuple(name for name in fused.nodes if name in names)
+        report.fusions[i] = dataclasses.replace(fused, nodes=nodes, emitted=())
+    for i, refusal in enumerate(report.refused):
+        nodes = tuple(name for name in refusal.nodes if name in names)
+        report.refused[i] = dataclasses.replace(refusal, nodes=nodes)
+
+
+def _run_stage(stage: str, anchors: dict[str, list[Term]], context: Context) -> None:
+    for fusion in sorted(FUSIONS.values(), key=lambda f: f.priority):
+        if fusion.stage == stage and context.config.enabled(fusion.name):
+            _run_fusion(fusion, anchors, context)
 
 
 def _anchors(view: TermGraph) -> dict[str, list[Term]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -66,6 +66,7 @@ class Rewriter:
         self._journal: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
         self._added: list[fx.Node] = []
         self._fakes: dict[Any, Any] = {}
+        self.shared_nodes: dict[Any, fx.Node] = {}
         self._size_nodes: dict[Any, fx.Node] | None = None
         self._moved: set[fx.Node] = set()
 
@@ -98,6 +99,19 @@ class Rewriter:
         self.made.update(read)
         self.retire(nodes - read)
 
+    def look_again(self) -> TermGraph:
+        """The canonical view of the graph as rewritten so far; what was made may be matched and replaced."""
+        if self.needs_sort:
+            order(self.graph)
+            self.needs_sort = False
+        gone: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if (node.users or node in self.dead) and all(u in gone for u in node.users):
+                gone.add(node)
+        self.view = TermGraph(self.graph, gone)
+        self.made.clear()
+        return self.view
+
     def mark(self) -> tuple[int, int, int]:
         return len(self._journal), len(self._added), len(self.dead)
 
@@ -107,6 +121,8 @@ class Rewriter:
         for user, args, kwargs in reversed(self._journal[journal:]):
             user.args, user.kwargs = args, kwargs
         del self._journal[journal:]
+        gone = set(self._added[added:])
+        self.shared_nodes = {key: node for key, node in self.shared_nodes.items() if node not in gone}
         for node in reversed(self._added[added:]):
             self.graph.erase_node(node)
         del self._added[added:]
@@ -265,6 +281,25 @@ class Emitter:
         """A tensor of one number, on the device of what is replaced."""
         device = self.template.meta["val"].device
         return self.call(aten.full.default, list(sizes), float(value), dtype=dtype, device=device)
+
+    def shared(self, key: Any, build: Callable[[], fx.Node]) -> fx.Node:
+        """What ``build`` makes, made once for all replacements that ask with the same ``key``."""
+        known = self.rewriter.shared_nodes
+        if key not in known:
+            known[key] = build()
+        elif not known[key] < self.before:
+            self.rewriter.needs_sort = True
+        return known[key]
+
+    def arange(self, length: Size, step: Any = 1) -> fx.Node:
+        """int64 [length]: 0, step, 2 * step .."""
+        (count,) = self.sizes((length,))
+        device = self.template.meta["val"].device
+        if self.rewriter.decomposed:
+            options = {"start": 0, "step": step, "dtype": torch.int64, "device": device}
+            return self.call(torch.ops.prims.iota.default, count, **options, requires_grad=False)
+        positions = self.call(aten.arange.default, count, dtype=torch.int64, device=device)
+        return positions if step == 1 else self.call(aten.mul.Tensor, positions, step)
 
     def view(self, node: fx.Node, shape: tuple[Size, ...]) -> fx.Node:
         """``node`` viewed as ``shape``; nothing where it has that shape already."""

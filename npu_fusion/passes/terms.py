@@ -23,7 +23,7 @@ The rules that map operators to terms are in :mod:`npu_fusion.passes.canonicaliz
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -115,6 +115,10 @@ def pointwise(*ops: str) -> None:
     _POINTWISE.update(ops)
 
 
+_LIKE_FIRST = frozenset({"rms_norm", "npu.npu_interleave_rope.default", "write"})
+"""Operators whose result has the shape of their first operand."""
+
+
 def _shape_of_synthetic(term: Term) -> tuple[Size, ...]:
     """Shape of a term that no node holds. Such terms are elementwise, or carry their shape."""
     if term.op in _POINTWISE:
@@ -127,7 +131,7 @@ def _shape_of_synthetic(term: Term) -> tuple[Size, ...]:
         base, _ = term.args
         last = base.shape[-1]
         return (*base.shape[:-1], last // 2 if isinstance(last, int) else sympy.floor(last / 2))
-    if term.op == "view":
+    if term.op in ("view", "expand"):
         return term.args[1]
     if term.op in ("absmax", "amax", "amin", "mean", "sum"):
         base, dims = term.args
@@ -138,9 +142,9 @@ def _shape_of_synthetic(term: Term) -> tuple[Size, ...]:
     if term.op == "permute":
         base, dims = term.args
         return tuple(base.shape[d] for d in dims)
-    if term.op == "rms_norm":
+    if term.op in _LIKE_FIRST:
         return term.args[0].shape
-    if term.op == "int_mm":
+    if term.op in ("int_mm", "bmm"):
         a, b = term.args
         return (*a.shape[:-1], b.shape[-1])
     if term.op == "swiglu":
@@ -212,7 +216,8 @@ _LITERALS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch
 class TermGraph:
     """The terms of one FX graph. ``of[node]`` is the node's term (or a tuple of terms, or a literal)."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, without: Container[fx.Node] = ()) -> None:
+        """``without``: nodes to leave out, with all their users."""
         self.graph = graph
         self.of: dict[fx.Node, Any] = {}
         self._table: dict[Any, Term] = {}
@@ -221,7 +226,15 @@ class TermGraph:
         """Every term that a node holds, in the order of its first node."""
         self._users: dict[Term, list[Term]] | None = None
         for node in graph.nodes:
-            self._visit(node)
+            if node not in without:
+                self._visit(node)
+
+    def by_operator(self) -> dict[str, list[Term]]:
+        """All terms there are by now, also those that no node holds."""
+        found: dict[str, list[Term]] = {}
+        for term in list(self._table.values()):
+            found.setdefault(term.op, []).append(term)
+        return found
 
     # -- construction ---------------------------------------------------------------------------------
 

@@ -120,6 +120,16 @@ def rounded(term: Term, context: Context) -> Term:
     return term
 
 
+def stored(term: Term, context: Context) -> Term:
+    """The value as a node holds it: the rounding that the graph makes of it at once, or itself."""
+    if term.nodes:
+        return rounded(term, context)
+    for user in context.view.users(term):
+        if user.op == "cast" and user.dtype in LOW_PRECISION and user.nodes:
+            return user
+    return term
+
+
 def buildable(term: Term) -> bool:
     """Does a node hold the value, or can one be made by casts and views alone (:meth:`Emitter.term`)?"""
     while not term.nodes and term.op in ("cast", "view"):

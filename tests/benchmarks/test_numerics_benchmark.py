@@ -25,7 +25,8 @@ def test_fused_is_as_close_to_the_exact_value_as_eager(fusion: str) -> None:
         numerics.SHORT[d] for d in numerics.CASES[fusion].dtypes
     ]
     for row in rows:
-        assert _largest(row.fused) <= _largest(row.eager) * 1.1 + 1e-6, row
+        factor = 3 if row.level == "relaxed" else 1.1
+        assert _largest(row.fused) <= _largest(row.eager) * factor + 1e-6, row
         assert row.level != "strict" or row.same == 1, row
 
 

@@ -8,6 +8,7 @@
     npu_quant_matmul(a, b, ws, as): bf16   ->  cast(mul(mul(cast(int_mm(a, b), f32), ws), as) [+ bias], bf16)
     npu_quant_matmul(a, b, ..): int32      ->  int_mm(a, b)
     npu_dequant_bias(acc, ws, as, bias)    ->  the same on a given product
+    npu_transpose_batchmatmul(a, b, ..)    ->  permute(bmm(permute(a), permute(b)))
 
 so that a model that calls them and one that spells them out look alike to the passes. A call with an argument
 that the arithmetic does not cover (an offset, packed scales, groups) stays opaque, with all its arguments.
@@ -22,7 +23,7 @@ from torch import fx
 
 from npu_fusion.meta_impls._registry import OPERATORS
 from npu_fusion.passes.canonicalize.pointwise import binary
-from npu_fusion.passes.canonicalize.views import reshaped
+from npu_fusion.passes.canonicalize.views import permuted, reshaped
 from npu_fusion.passes.terms import LOW_PRECISION, PURE, Term, TermGraph, rule
 
 npu = torch.ops.npu
@@ -111,3 +112,13 @@ def _dequantized(
     if bias is not None:
         value = binary(view, "add", value, view.cast(bias, wide), wide)
     return view.cast(value, dtype)
+
+
+@rule(npu.npu_transpose_batchmatmul.default)
+def _transpose_batchmatmul(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
+    x, weight, bias, scale, perm_x1, perm_x2, perm_y, batch_split_factor = args
+    if bias is not None or scale is not None or batch_split_factor not in (None, 1):
+        return _opaque(view, node, args)
+    a, b = (permuted(view, t, p or (0, 1, 2)) for t, p in ((x, perm_x1), (weight, perm_x2)))
+    product = view.make("bmm", (a, b), node.meta["val"].dtype)
+    return permuted(view, product, perm_y or (1, 0, 2))
