@@ -1,11 +1,11 @@
-"""Where the entries of a value come from: chains of views, transposes, slices and broadcasts as labelled axes.
+"""Where the entries of a value come from: views, transposes, slices and broadcasts as labelled axes.
 
 ::
 
     %q = mm(..)                      [T, N*(D+Dr)]
     %v = view(%q, [B, S, N, D+Dr])
-    %t = permute(%v, [0, 2, 1, 3])              ->   root %q, dims  B: T by S | N: columns by D+Dr | S: T by 1 |
-    %p = slice(%t, 3, D, D+Dr)                                Dr: columns by 1, origin (0, D)
+    %t = permute(%v, [0, 2, 1, 3])        ->   root %q, B: T by S | N: columns by D+Dr | S: T by 1 |
+    %p = slice(%t, 3, D, D+Dr)                           Dr: columns by 1, origin (0, D)
 
 An :class:`Axis` runs over one dimension of the root in steps. However a model writes the transposes around a
 product per head (einsum, matmul, bmm), the axes are the same. A ``cat`` is looked into where one piece has
@@ -96,9 +96,8 @@ def layout(
             root = source
     found: Layout | None = whole(root) if known is None or root not in known else known[root]
     for step in reversed(chain):
-        found = stepped(found, step, sizes)
-        if found is None:
-            return None
+        if found is not None:
+            found = stepped(found, step, sizes)
     if root.op == "cat" and found is not None and found.root is root:
         return _inside_piece(found, sizes)
     return found

@@ -114,9 +114,8 @@ def rounded(term: Term, context: Context) -> Term:
     readers.discard(term)  # copies
     if len(readers) == 1:
         reader = readers.pop()
-        if isinstance(reader, Term) and reader.op == "cast" and reader.args[0] is term:
-            if reader.dtype in LOW_PRECISION:
-                return reader
+        if isinstance(reader, Term) and reader.op == "cast" and reader.dtype in LOW_PRECISION:
+            return reader if reader.args[0] is term else term
     return term
 
 

@@ -294,3 +294,57 @@ def inputs(model: Prolog, dtype: torch.dtype = torch.bfloat16, seed: int = 1) ->
     angles = torch.cat((angles, angles), -1)
     written = caches(d, s, dtype, generator)
     return [x, angles.cos().to(dtype), angles.sin().to(dtype), slots(d, s, generator), *written]
+
+
+class QuantizedProlog(Prolog):
+    """The same with int8 projections, as torch_npu's operators or plain arithmetic."""
+
+    def __init__(self, how: str, dims: Dims | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(Spelling(rope="transposed"), dims, dtype)
+        self.how = how
+        self.int8 = [self.quantized(w) for w in (self.w_dq, self.w_dkv, self.w_uq)]
+        self.smooth = torch.nn.Parameter(torch.rand(self.dims.Hcq) + 0.5, requires_grad=False)
+
+    @staticmethod
+    def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 [in, out] and a scale for each column."""
+        scale = weight.float().abs().amax(1) / 127
+        values = (weight.float() / scale.unsqueeze(1)).round().to(torch.int8).t().contiguous()
+        return values, scale
+
+    def quantize(self, x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if "npu" in self.how:
+            return npu.npu_dynamic_quant(x, smooth_scales=None if smooth is None else smooth.to(x.dtype))
+        wide = x.float() if smooth is None else x.float() * smooth
+        scale = wide.abs().amax(-1, keepdim=True) / 127
+        return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale.squeeze(-1)
+
+    def project(self, x: Tensor, scale: Tensor, which: int) -> Tensor:
+        weight, channels = self.int8[which]
+        dtype = self.g_cq.dtype
+        if "npu" in self.how:
+            return npu.npu_quant_matmul(x, weight, channels, pertoken_scale=scale, output_dtype=dtype)
+        return (torch._int_mm(x, weight).float() * channels * scale.unsqueeze(1)).to(dtype)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv_cache: Tensor, kr_cache: Tensor
+    ) -> tuple[Tensor, ...]:
+        d, (B, S) = self.dims, cos.shape[:2]
+        x = x.view(B * S, d.He)
+        if "partial" in self.how:
+            cq, kv = F.linear(x, self.w_dq), F.linear(x, self.w_dkv)
+        else:
+            q8, token = self.quantize(x)
+            cq, kv = self.project(q8, token, 0), self.project(q8, token, 1)
+        cq = NORMS["once"](cq, self.g_cq, 1e-6)
+        c8, token = self.quantize(cq, self.smooth if "smooth" in self.how else None)
+        q = self.project(c8, token, 2)
+        q_nope, q_pe = q.view(B, S, d.N, d.D + d.Dr).split((d.D, d.Dr), -1)
+        query = UKS["einsum"](q_nope, self.w_uk)
+        query_rope = ROPES["transposed"](q_pe, cos.unsqueeze(2), sin.unsqueeze(2))
+        ckv, k_pe = kv.view(B, S, -1).split((d.Hckv, d.Dr), -1)
+        ckv = NORMS["once"](ckv, self.g_ckv, 1e-6)
+        k_rope = ROPES["transposed"](k_pe.unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2)).squeeze(2)
+        _paged_copy(kv_cache, ckv, slots)
+        _paged_copy(kr_cache, k_rope, slots)
+        return query, query_rope, kv_cache + 0, kr_cache + 0

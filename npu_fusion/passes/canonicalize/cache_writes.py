@@ -13,8 +13,8 @@
                                                                                         "PA" .., None)
     npu_scatter_pa_kv_cache(_functional)                                      ->  the same, twice
 
-``write(cache, rows, where, how, dim, wraps)``, one index for each row; ``wraps``: a negative index counts from the end, as
-``index_put`` has it. The torch_npu operators skip such a row. ``cache`` may have more batches than ``rows``:
+``write(cache, rows, where, how, dim, wraps)``, one index for each row; ``wraps``: a negative index counts
+from the end, as ``index_put`` has it. The torch_npu operators skip such a row. ``cache`` may have more batches than ``rows``:
 the first are written. npu_kv_rmsnorm_rope_cache also stands for the norm and the rotation that it computes.
 
 In a functional graph an operator that writes in place is ``auto_functionalized_v2``; read here where it
@@ -84,8 +84,8 @@ def _scatter_nd_update(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
 
 
 def into_part(view: TermGraph, cache: Term, rows: Term, dim: int) -> Term | None:
-    """``cache[:n][.., start:end] = x``: where ``rows`` is the first part of ``cache`` along ``dim``, written to,
-    what the whole cache then is."""
+    """``cache[:n][.., start:end] = x``: where ``rows`` is the first part of ``cache`` along ``dim``, written
+    to, what the whole cache then is."""
     found = as_write(view, rows)
     if found is None or found.args[3] != "range":
         return None

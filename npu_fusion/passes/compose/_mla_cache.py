@@ -111,7 +111,7 @@ def caches(kv: Term, kr: Term, tokens: Tokens, context: Context) -> Caches | Ref
     shape, indexed = bases[0].shape, first.args[0]
 
     def found(dim: int | None, length: Size, pages: tuple[Size, Size]) -> Caches:
-        return Caches(*bases, kv, kr, where, how, dim, wraps, length, indexed, pages, tokens)
+        return Caches(bases[0], bases[1], kv, kr, where, how, dim, wraps, length, indexed, pages, tokens)
 
     if how in ("PA", "PA_NZ"):
         return found(None, shape[0] * shape[1], (shape[0], shape[1]))

@@ -6,7 +6,7 @@
     cos [1, 1, S, Dr] for every batch                                ->   view, expand
     slice(cos, :Dr/2), used for both halves                          ->   cos, if it is cat(f, f); cat(c, c)
     complex [.., Dr/2]                                               ->   real and imaginary part, twice
-    for each pair side by side                                       ->   those of the even elements, of the odd
+    for each pair side by side                                       ->   of the even elements, of the odd
 
 Both rotations must read the same values; the operator reads the two halves independently.
 """
@@ -86,14 +86,16 @@ class Angles:
         return node
 
 
-def angles(query: Turn, key: Turn, tokens: Tokens, dtype: torch.dtype | None, context: Context) -> Angles | Refused:
+def angles(
+    query: Turn, key: Turn, tokens: Tokens, dtype: torch.dtype | None, context: Context
+) -> Angles | Refused:
     """Cosine and sine for both rotations, in ``dtype``."""
     assert dtype is not None
     ours, theirs = _read(query, context), _read(key, context)
     if ours is None or ours != theirs or (query.twice, query.mode) != (key.twice, key.mode):
         return Refused("query and key are rotated by different angles", "", (query.term, key.term))
     shape = _covers(query, tokens, context)
-    if shape is None:
+    if shape is None or shape != _covers(key, tokens, context):
         shown = f"{list(unexpanded(query.cos).shape)} for {list(query.x.shape)}"
         return Refused("cosine and sine are not one row per token", shown, (query.term,))
     cos, sin = unexpanded(query.cos), None if query.sin is None else unexpanded(query.sin)
@@ -149,6 +151,10 @@ def _covers(turn: Turn, tokens: Tokens, context: Context) -> tuple[Size, ...] | 
     row per token (or is per head)."""
     equal = context.sizes.equal
     shape = unexpanded(turn.cos).shape
+    width = turn.x.shape[-1] if not turn.twice else turn.x.shape[-1] // 2
+    other = shape if turn.sin is None else unexpanded(turn.sin).shape
+    if shape[-1:] != (width,) or other != shape or len(shape) > len(turn.x.shape):
+        return None
     full = (1,) * (len(turn.x.shape) - len(shape)) + shape
     present: list[Size] = []
     missing = False
@@ -199,9 +205,7 @@ def _repeats(term: Term) -> bool:
         if term.op == "cat":
             pieces, dim = term.args
             return len(pieces) == 2 and pieces[0] is pieces[1] and dim == len(term.shape) - 1
-        if term.op in ("cos", "sin", "cast") or (
-            term.op == "mul" and isinstance(term.args[1], (int, float))
-        ):
+        if term.op in ("cos", "sin", "cast") or (term.op == "mul" and isinstance(term.args[1], (int, float))):
             term = term.args[0]
         else:
             return False

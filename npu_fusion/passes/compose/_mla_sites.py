@@ -1,4 +1,4 @@
-"""Where in a graph the parts of multi-head latent attention are: projections, norms, rotations, head products.
+"""The parts of multi-head latent attention in a graph: projections, norms, rotations, head products.
 
 Everything is found once per graph and keyed by the product (``mm``, or a dequantized int32 product) whose
 columns it reads. :mod:`.mla_prolog` puts the parts together.
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.canonicalize.views import reshaped
 from npu_fusion.passes.axes import BROADCAST, Axis, Layout, layout
+from npu_fusion.passes.canonicalize.views import reshaped
+from npu_fusion.passes.checks import Sizes
 from npu_fusion.passes.lift.dequant import Dequantized, dequantized
 from npu_fusion.passes.lift.dynamic_quant import Quantized, quantization
 from npu_fusion.passes.lift.rms_norm import Normalized, normalized
@@ -32,7 +33,7 @@ _FLOATS = (torch.float32, *LOW_PRECISION)
 _ROPE, _ROTARY = "npu.npu_interleave_rope.default", "npu.npu_rotary_mul.default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """A product of the tokens with a weight."""
 
@@ -47,7 +48,7 @@ class Projection:
     drift: tuple[Drift, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """An RMSNorm of columns of a projection."""
 
@@ -58,9 +59,9 @@ class Norm:
     projection: Projection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn:
-    """A rotation of columns of a projection. ``mode``: see :class:`Rotation`; "complex" has ``cos`` complex."""
+    """A rotation of columns of a projection. ``mode`` as in :class:`Rotation`; "complex": ``cos`` is."""
 
     term: Term
     x: Term
@@ -74,7 +75,7 @@ class Turn:
     drift: tuple[Drift, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadProduct:
     """A batched product of columns of a projection with a weight per head."""
 
@@ -86,6 +87,7 @@ class HeadProduct:
     weight: Term
     weight_at: Layout
     projection: Projection
+    sizes: Sizes
 
 
 @dataclass
@@ -143,6 +145,17 @@ def bare(term: Term) -> Term:
     while term.op in ("view", "permute", "expand") or _rounds(term):
         term = term.args[0]
     return term
+
+
+def same_rows(term: Term, context: Context) -> Term:
+    """What computes the value, seen through what leaves the rows and their order alone."""
+    walk = Walk(context.sizes)
+    while True:
+        inner = walk.rows(term)
+        inner = inner.args[0] if _rounds(inner) else inner
+        if inner is term:
+            return term
+        term = inner
 
 
 def _rounds(term: Term) -> bool:
@@ -276,7 +289,7 @@ def _head_product(term: Term, context: Context) -> HeadProduct | None:
         return None
     columns: tuple[Axis, ...] = () if term.shape[2] == 1 else (Axis(LAST, 1, term.shape[2]),)
     at = Layout(operand.root, (operand.dims[0], operand.dims[1], columns), (*operand.origin, 0))
-    return HeadProduct(term, at, operand, scaled.factor, right, weight, projection)
+    return HeadProduct(term, at, operand, scaled.factor, right, weight, projection, context.sizes)
 
 
 def is_constant(term: Term) -> bool:

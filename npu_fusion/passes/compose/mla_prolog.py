@@ -1,31 +1,31 @@
-"""Hidden states to queries in latent space and new rows of both caches: the prolog of multi-head latent attention.
+"""The prolog of multi-head latent attention: hidden states to queries in latent space and new cache rows.
 
 ::
 
-    %cq = rms_norm(mm(%x, %w_dq), %g_cq)                         %query, %query_rope, .., %kv_cache, %kr_cache =
-    %q  = view(mm(%cq, %w_uq_qr), [B, S, N, D+Dr])                   npu_mla_prolog_v3_functional(
-    %query = %q[.., :D] @ W_UK [N, D, Hckv]                              %x, %w_dq, %w_uq_qr, %w_uk, %w_dkv_kr,
-    %query_rope = rotate(%q[.., D:])                      ->             %g_cq, %g_ckv, sin, cos,
-    %kv = mm(%x, %w_dkv_kr)                                              %kv_cache, %kr_cache,
-    write(%kv_cache, rms_norm(%kv[.., :Hckv], %g_ckv), slots)            cache_index=slots, ..)
+    %cq = rms_norm(mm(%x, %w_dq), %g_cq)                      %query, %query_rope, .., %kv_cache, %kr_cache =
+    %q  = view(mm(%cq, %w_uq_qr), [B, S, N, D+Dr])                npu_mla_prolog_v3_functional(
+    %query = %q[.., :D] @ W_UK [N, D, Hckv]                           %x, %w_dq, %w_uq_qr, %w_uk,
+    %query_rope = rotate(%q[.., D:])                    ->            %w_dkv_kr, %g_cq, %g_ckv, sin, cos,
+    %kv = mm(%x, %w_dkv_kr)                                           %kv_cache, %kr_cache,
+    write(%kv_cache, rms_norm(%kv[.., :Hckv], %g_ckv), slots)         cache_index=slots, ..)
     write(%kr_cache, rotate(%kv[.., Hckv:]), slots)
 
 Also read: the down projections as one product; weights [out, in] or [in, out]; every RMSNorm of
-:mod:`..lift.rms_norm`; a product with W_UK by bmm, matmul, einsum, ``npu_transpose_batchmatmul``, W_UK a slice
+:mod:`..lift.rms_norm`; a product with W_UK by bmm, matmul, einsum, ``npu_transpose_batchmatmul``; W_UK a slice
 of kv_b_proj's weight; every rotation of :mod:`..lift.rotary_mul` and complex numbers; writes by
 :mod:`..canonicalize.cache_writes`. The normed query may have other readers (``query_norm``); numbers that
 scale the query and the latent (LongCat) are ``qc_qr_scale`` and ``kc_scale``. int8 tokens with dequantized
 products and a dynamically quantized query are ``weight_quant_mode`` 2; only the query quantized is 1.
 
-Conditions: one x for both down projections; no bias; query columns [D nope | Dr rope] per head, latent columns
-[Hckv | Dr]; one cosine and sine for query and key; both caches written at the same slots, one row per token,
-and no reader of an old cache after that; one dtype throughout; norm weights that are stored. Traps: the
+Conditions: one x for both down projections; no bias; query columns [D nope | Dr rope] per head, latent
+columns [Hckv | Dr]; one cosine and sine for query and key; both caches written at the same slots, one row per
+token, and no reader of an old cache after that; one dtype throughout; norm weights that are stored. The
 operator rotates adjacent pairs and returns halves (even elements first). A model that keeps the pairs side by
 side has the same scores but another cache: only with ``cache_layout="npu"``, which also allows it for complex
 numbers. A model that rotates halves needs its rope columns permuted (``prepare``). npu_mla_prolog and _v2
 overwrite the caches that they are given.
 
-At least ``accurate``: the norms and rotations are rounded once. ``relaxed`` where cosine and sine are rounded.
+At least ``accurate``: norms and rotations are rounded once. ``relaxed`` where cosine and sine are rounded.
 
 Source: torch_npu documentation of npu_mla_prolog_v3; the spellings are those of real models.
 """
@@ -41,7 +41,7 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.axes import Axis, Layout, coalesced, layout
+from npu_fusion.passes.axes import BROADCAST, Axis, Layout, coalesced, layout
 from npu_fusion.passes.checks import Truth, row_major
 from npu_fusion.passes.compose._mla_cache import Caches, caches, later_reader
 from npu_fusion.passes.compose._mla_exits import Exit, Tokens, exits
@@ -55,11 +55,12 @@ from npu_fusion.passes.compose._mla_sites import (
     bare,
     is_constant,
     quantized_norm,
+    same_rows,
     sites,
     unbroadcast,
 )
 from npu_fusion.passes.lift.dequant import token_scale, weight_scale
-from npu_fusion.passes.lift.dynamic_quant import Quantized
+from npu_fusion.passes.lift.dynamic_quant import Quantized, channel
 from npu_fusion.passes.lift.rms_norm import vector
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
@@ -104,9 +105,15 @@ class Query:
         return self.turn.factor
 
 
-def keyed(norm: Norm, found: Sites, context: Context) -> Turn | Refused | None:
-    """The rotation beside a latent's norm; None if this is no norm of a latent."""
-    beside = [t for t in found.turns.get(norm.projection.root, ()) if t.at.over(1) or t.at.dims[-1]]
+def _is_latent(norm: Norm, found: Sites) -> bool:
+    """Is the norm of the first columns of a wider product, and its result written to a cache?"""
+    part = norm.projection.root.shape[-1] != _width(norm.at)
+    return part and norm.at.origin[1] == 0 and bool(found.whole_writes(norm.term))
+
+
+def keyed(norm: Norm, found: Sites, context: Context) -> Turn | None:
+    """The rotation beside a latent's norm; None if there is none."""
+    beside = found.turns.get(norm.projection.root, ())
     columns = norm.at.dims[-1]
     if len(columns) != 1 or columns[0].step != 1:
         return None
@@ -134,8 +141,13 @@ class MlaProlog(Fusion):
         found = sites(context)
         for norm in _latents(term, found, context):
             turn = keyed(norm, found, context)
-            if isinstance(turn, Turn):
+            if turn is not None:
                 return _prolog(norm, turn, found, context)
+            if _is_latent(norm, found):
+                reason = (
+                    "the columns beside the latent are not rotated, or something else is done to them first"
+                )
+                return Refused(reason, "", (norm.term,))
         return None
 
 
@@ -173,7 +185,7 @@ def _prolog(norm: Norm, turn: Turn, found: Sites, context: Context) -> Match | R
     if isinstance(key, Refused):
         return key
     return (
-        _columns(query, key, context)
+        _columns(query, key, tokens, context)
         or _rotations(query, key, context)
         or _types(query, key, context)
         or _weights(query, key, context)
@@ -215,11 +227,24 @@ def _rows_of_tokens(
     rows = write.args[1] if write.op == "write" else write.args[1][0]
     here = layout(rows, context.sizes, known={source: at}, through=_inner)
     flat = () if here is None else here.flat()
-    token = [a for a in flat if a.dim == 0]
-    in_order = all(a.dim == 0 for a in flat[: len(token)]) and len(coalesced(token)) <= 1
-    if here is None or here.root is not at.root or not in_order:
+    columns = coalesced(at.dims[-1])
+    whole = here is not None and here.root is at.root and here.origin == at.origin
+    if (
+        not whole
+        or flat[len(flat) - len(columns) :] != columns
+        or not _all_tokens(flat[: len(flat) - len(columns)], tokens, context)
+    ):
         return Refused("the new rows are not one per token", f"{list(rows.shape)}", (write,))
     return None
+
+
+def _all_tokens(axes: Sequence[Axis], tokens: Tokens, context: Context) -> bool:
+    """Do these axes run once through all tokens, in their order?"""
+    equal, total = context.sizes.equal, tokens.total
+    if not axes:
+        return equal(total, 1) is Truth.YES
+    (axis, *more) = axes
+    return not more and axis.dim == 0 and axis.step == 1 and equal(axis.size, total) is Truth.YES
 
 
 def _inner(term: Term) -> Term | None:
@@ -280,8 +305,9 @@ def _query(latent: Norm, found: Sites, context: Context) -> Query | Refused:
             return Refused("query and latent are projected from different tensors", "", (latent.term,))
         return Refused("the query has no low-rank projection of the same hidden states", "", (latent.term,))
     return Refused(
-        "the query is not multiplied by W_UK: keys and values are expanded",
-        "numerics='relaxed' allows mla_absorb, which rewrites that",
+        "the query is not multiplied by W_UK",
+        "keys and values are expanded (mla_absorb, with numerics='relaxed', rewrites that), or the query is "
+        "something else first",
         (others[0].term,),
     )
 
@@ -290,34 +316,39 @@ def _same_input(turn: Turn, x: Term) -> bool:
     return bare(turn.projection.x) is bare(x)
 
 
-def _ups(norm: Norm, found: Sites, context: Context) -> list[tuple[Projection, Quantized | None, Term | None]]:
+Up = tuple[Projection, Quantized | None, Term | None]
+"""A projection of the normed query, how that is quantized, and the factor per channel before."""
+
+
+def _ups(norm: Norm, found: Sites, context: Context) -> list[Up]:
     """The projections of the normed query whose columns are rotated."""
-    ups = []
+    ups: list[Up] = []
     for turns in found.turns.values():
         up = turns[0].projection
         if up.x.dtype == torch.int8:
             quantized = quantized_norm(up.x, context)
             if quantized is None:
                 continue
-            inner, smooth = _smoothed(quantized[1], norm.term)
+            inner, smooth = _smoothed(quantized[1], norm.term, context)
             if inner is norm.term:
                 ups.append((up, quantized[0], smooth))
-        elif bare(up.x) is norm.term:
+        elif same_rows(up.x, context) is norm.term:
             ups.append((up, None, None))
     return ups
 
 
-def _smoothed(x: Term, norm: Term) -> tuple[Term, Term | None]:
+def _smoothed(x: Term, norm: Term, context: Context) -> tuple[Term, Term | None]:
     """What is quantized, and the factor per channel in front of it."""
-    inner = bare(x)
+    inner = same_rows(x, context)
     if inner is not norm and inner.op == "mul" and isinstance(inner.args[1], Term):
         for value, factor in (inner.args, inner.args[::-1]):
-            if bare(value) is norm:
-                return norm, bare(factor)
+            smooth = channel(factor, inner.shape[-1], context)
+            if same_rows(value, context) is norm and smooth is not None:
+                return norm, smooth
     return inner, None
 
 
-def _columns(query: Query, key: Key, context: Context) -> Refused | None:
+def _columns(query: Query, key: Key, tokens: Tokens, context: Context) -> Refused | None:
     """That the parts are the columns that the operator takes."""
     for projection in (query.norm.projection, query.up, key.projection):
         if projection.biased:
@@ -328,7 +359,7 @@ def _columns(query: Query, key: Key, context: Context) -> Refused | None:
     total, latent, turned = key.projection.root.shape[-1], _width(key.norm.at), key.turn.x.shape[-1]
     merged = query.norm.projection.root is key.projection.root
     first = key.norm.at.origin[1]
-    if not merged and (first != 0 or latent + turned != total) or (first + latent + turned != total):
+    if (not merged and (first != 0 or latent + turned != total)) or (first + latent + turned != total):
         shown = f"{latent} and {turned} of {total} columns"
         reason = "the rotation covers only a part of the columns beside the latent"
         return Refused(reason, shown, (key.turn.term,))
@@ -336,17 +367,33 @@ def _columns(query: Query, key: Key, context: Context) -> Refused | None:
     want = first if merged else query.norm.projection.root.shape[-1]
     if before != 0 or rank != want:
         return Refused("the norm of the query covers only a part of the columns", "", (query.norm.term,))
+    normed = [a for a in query.norm.at.flat() if a.dim == 0]
+    if query.norm.at.origin[0] != 0 or not _all_tokens(normed, tokens, context):
+        return Refused("the query is not of all tokens in their order", "", (query.norm.term,))
     product, turn = query.product, query.turn
     nope, rope = product.operand.origin[1], turn.at.origin[1]
     plain, turning = product.weight.shape[-2], turn.x.shape[-1]
     heads = _heads(product, plain + turning)
-    if nope != 0 or rope != plain or heads is None or heads * (plain + turning) != query.up.root.shape[-1]:
+    in_heads = [a for dim in turn.at.dims[:-1] for a in dim if a.dim == 1]
+    headed = [Axis(1, plain + turning, heads)] if heads not in (None, 1) else []
+    if (
+        (nope, rope) != (0, plain)
+        or heads is None
+        or heads * (plain + turning) != query.up.root.shape[-1]
+        or coalesced(product.operand.dims[2]) != coalesced([Axis(1, 1, plain)])
+        or in_heads != headed
+        or (product.operand.origin[0], turn.at.origin[0]) != (0, 0)
+    ):
         shown = f"{plain} from column {nope} and {turning} from {rope}, of {query.up.root.shape[-1]} columns"
         return Refused("the query's columns are not [nope, rope] for each head", shown, (product.term,))
     if turning != turned:
-        return Refused("query and key are rotated in different widths", f"{turning} and {turned}", (turn.term,))
-    if not isinstance(heads, int) or not _is_weight_uk(product, heads, context):
-        return Refused("the weight per head is not [N, D, Hckv]", f"{list(product.weight.shape)}", (product.term,))
+        return Refused(
+            "query and key are rotated in different widths", f"{turning} and {turned}", (turn.term,)
+        )
+    if not isinstance(heads, int) or not _is_weight_uk(product, heads):
+        return Refused(
+            "the weight per head is not [N, D, Hckv]", f"{list(product.weight.shape)}", (product.term,)
+        )
     if product.weight.shape[-1] != latent:
         shown = f"{product.weight.shape[-1]} and {latent}"
         return Refused("the query is not projected to the width of the latent", shown, (product.term,))
@@ -371,17 +418,15 @@ def _heads(product: HeadProduct, width: Size) -> Size | None:
     return columns[0].size
 
 
-def _is_weight_uk(product: HeadProduct, heads: int, context: Context) -> bool:
-    """Are the batches of the weight the heads of the query, in their order?"""
-    at = unbroadcast(product.weight_at)
-    batch = coalesced(at.dims[0])
-    over = coalesced(a for a in product.operand.dims[0] if a.dim == 1)
-    rows = [a for dim in product.operand.dims[:2] for a in dim if a.dim == 1]
-    if len(product.operand.dims) != 3 or coalesced(product.operand.dims[2])[:1] == ():
-        return False
-    if rows != list(product.operand.dims[0][-len(rows) :] if rows else []):
-        return False  # heads are among the rows, not the batches
-    return heads == 1 or (len(batch) == 1 and len(over) == 1 and batch[0].size == over[0].size == heads)
+def _is_weight_uk(product: HeadProduct, heads: int) -> bool:
+    """Are the batches of both operands the heads (and sequences, for which the weight is repeated)?"""
+    ours, theirs = coalesced(product.operand.dims[0]), coalesced(product.weight_at.dims[0])
+    aligned = len(ours) == len(theirs) and all(
+        a.size == w.size and (a.dim == 0) == (w.dim == BROADCAST) for a, w in zip(ours, theirs, strict=True)
+    )
+    counted = [a.size for a in ours if a.dim == 1]
+    w_uk = weight_uk(product)
+    return aligned and counted == ([heads] if heads > 1 else []) and w_uk.shape[0] == heads
 
 
 def _rotations(query: Query, key: Key, context: Context) -> Refused | None:
@@ -399,9 +444,9 @@ def _rotations(query: Query, key: Key, context: Context) -> Refused | None:
                 (turn.term,),
             )
         last = turn.at.dims[-1]
-        if turn.mode != "deinterleave" or len(last) != 2:
-            if len(last) != 1 or last[0].step != 1:
-                return Refused("the rotated columns are in another order", "", (turn.term,))
+        sorted_already = turn.mode == "deinterleave" and len(last) == 2
+        if not sorted_already and (len(last) != 1 or last[0].step != 1):
+            return Refused("the rotated columns are in another order", "", (turn.term,))
     return None
 
 
@@ -410,6 +455,8 @@ def _types(query: Query, key: Key, context: Context) -> Refused | None:
     mode = _quant_mode(query, key)
     if mode is None:
         return Refused("only some of the projections are quantized", "", (key.norm.term,))
+    if mode and not _own_scales(query, key, mode):
+        return Refused("a quantized projection is scaled by another token's scale", "", (key.norm.term,))
     given = {
         "the caches": (key.caches.kv, key.caches.kr),
         "the weight per head": (query.product.weight,),
@@ -425,13 +472,29 @@ def _types(query: Query, key: Key, context: Context) -> Refused | None:
     if context.config.target is not None:
         accepted = (torch.bfloat16,)
     if dtype not in accepted:
-        return Refused("the operator does not take caches of this type", dtype_name(dtype), (key.caches.kv_out,))
+        return Refused(
+            "the operator does not take caches of this type", dtype_name(dtype), (key.caches.kv_out,)
+        )
     for what, terms in given.items():
         for term in terms:
             if term.dtype != dtype:
                 shown = f"{what}: {dtype_name(term.dtype)}, the cache {dtype_name(dtype)}"
                 return Refused("the operator takes one type throughout", shown, (key.norm.term,))
     return None
+
+
+def _own_scales(query: Query, key: Key, mode: int) -> bool:
+    """Is each product multiplied by the scale of what it is a product of?"""
+
+    def token(projection: Projection) -> list[Term]:
+        assert projection.scales is not None
+        return [bare(t) for t in projection.scales.per_token]
+
+    assert query.quantized is not None
+    ours = token(query.up)
+    if len(ours) != 1 or ours[0] not in [bare(t) for t in query.quantized.scales]:
+        return False
+    return mode != 2 or (token(key.projection) == token(query.norm.projection) != [])
 
 
 def _quant_mode(query: Query, key: Key) -> int | None:
@@ -450,7 +513,7 @@ def _weights(query: Query, key: Key, context: Context) -> Refused | None:
     if context.config.target is None:
         return None
     loose = [t for t in stored if t.op != "input" or t.node is None or not row_major(t.node.meta["val"])]
-    if loose or query.norm.projection.root is key.projection.root or product.weight.op != "input":
+    if loose or query.norm.projection.root is key.projection.root or weight_uk(product).op != "input":
         return Refused("the weights are not laid out as the operator takes them", PREPARE, (key.norm.term,))
     return None
 
@@ -469,7 +532,9 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
     found_query = exits(product.term, product.at, tokens, context, is_head)
     found_rope = exits(turned, _as_turned(turn), tokens, context, is_head)
     if found_query is None or found_rope is None:
-        return Refused("the query's dimensions stand in an order that no transpose gives", "", (product.term,))
+        return Refused(
+            "the query's dimensions stand in an order that no transpose gives", "", (product.term,)
+        )
     if turned.dtype != where.kv.dtype or stored(key.turn.term, context).dtype != where.kv.dtype:
         shown = f"{dtype_name(turned.dtype)}, the cache {dtype_name(where.kv.dtype)}"
         return Refused("the rotated query or key is kept in another type", shown, (turned,))
@@ -480,7 +545,10 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
         return Refused("the normed query is read in another order", "", (query.norm.term,))
     operator = _operator(context)
     if operator != V3 and (normed or mode or query.scale != 1.0 or key.scale != 1.0):
-        return Refused(f"{operator} has no argument for a part of this", "query_norm or a scale", (product.term,))
+        shown = f"query_norm, a scale or quantization; {operator} has none"
+        return Refused(
+            "the operator of the target has no argument for a part of this", shown, (product.term,)
+        )
     shapes = _shapes(query, key, tokens, context)
     if isinstance(shapes, Refused):
         return shapes
@@ -579,12 +647,16 @@ def _inputs(query: Query, key: Key, rope: Angles) -> list[Term | None]:
 
 
 def weight_uk(product: HeadProduct) -> Term:
-    """The innermost value that is [N, D, Hckv]: without the dimensions that einsum or matmul put around it."""
-    term, shape = product.weight, product.weight.shape[-2:]
-    best = term
+    """The innermost value that is [N, D, Hckv], without what einsum or matmul put around it."""
+    best = term = product.weight
+    at = unbroadcast(product.weight_at)
+    want = tuple(coalesced(dim) for dim in at.dims)
     while term.op in ("view", "expand", "permute"):
         term = term.args[0]
-        if len(term.shape) == 3 and term.nodes and term.shape[1:] == shape:
+        here = layout(term, product.sizes)
+        if here is None or here.origin != at.origin or here.root is not at.root or not term.nodes:
+            continue
+        if tuple(coalesced(dim) for dim in here.dims) == want:
             best = term
     return best
 
@@ -690,7 +762,9 @@ def _shapes(query: Query, key: Key, tokens: Tokens, context: Context) -> list[Co
     for name, size, accepted in envelope:
         if size not in accepted:
             shown = f"{name} is {size}; accepted: {', '.join(map(str, accepted))}"
-            return Refused("a size is outside of what the operator takes on the target", shown, (product.term,))
+            return Refused(
+                "a size is outside of what the operator takes on the target", shown, (product.term,)
+            )
     constraints = []
     if target.mla_max_length is not None and len(tokens.shape) == 2:
         length, most = tokens.shape[1], target.mla_max_length
