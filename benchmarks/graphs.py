@@ -1,18 +1,22 @@
 """Graphs of real size to measure the passes on: tiny widths, as many layers as asked for.
 
-=========== ===================================================================== ============================
-form        model                                                                 captured
-=========== ===================================================================== ============================
-npu         Llama in bfloat16, linears in torch_npu's W8A8 operators as           undecomposed, as torchair
-            vllm-ascend writes them                                               and the eager host do
-plain       Llama in bfloat16, quantized and prepared by this package             the same
-inductor    the same                                                              decomposed, as Inductor does
-nothing     LayerNorm, GELU and attention in bfloat16: nothing to fuse            undecomposed
-=========== ===================================================================== ============================
+============ ==================================================================== ============================
+form         model                                                                captured
+============ ==================================================================== ============================
+npu          Llama in bfloat16, linears in torch_npu's W8A8 operators as          undecomposed, as torchair
+             vllm-ascend writes them                                              and the eager host do
+plain        Llama in bfloat16, quantized and prepared by this package            the same
+inductor     the same                                                             decomposed, as Inductor does
+nothing      LayerNorm, GELU and attention in bfloat16: nothing to fuse           undecomposed
+mla          DeepSeek-V3 in bfloat16 with dense layers, prepared by this package: undecomposed
+             one token is decoded with a static cache
+mla-inductor the same                                                             decomposed
+============ ==================================================================== ============================
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,26 +27,32 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import npu_fusion
 from npu_fusion import _compat
 from npu_fusion.quantization import quantize_linears
 from npu_fusion.quantization.modules.w8a8_linear import quantize_rows
 
-FORMS = ("npu", "plain", "inductor", "nothing")
+FORMS = ("npu", "plain", "inductor", "nothing", "mla", "mla-inductor")
+DECOMPOSED = ("inductor", "mla-inductor")
+MLA = ("mla", "mla-inductor")
+"""Of these forms the fusions are ``relaxed`` ones."""
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 64, 96, 4, 2, 64
 TOKENS = 20
+BATCH, PLACES = 2, 32  # of the static cache
 
 
-def build(form: str, layers: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(form: str, layers: int) -> tuple[nn.Module, tuple[Any, ...]]:
     """The model of ``form`` with ``layers`` layers, and what to call it with."""
     torch.manual_seed(0)
     if form == "nothing":
         # a layer has half the operators of a quantized Llama's: twice the layers make a graph of that size
         model: nn.Module = nn.Sequential(*(_PlainLayer() for _ in range(2 * layers)))
         return model.bfloat16().eval(), (torch.randn(1, TOKENS, HIDDEN, dtype=torch.bfloat16),)
+    if form in MLA:
+        return _decoding(layers)
     llama = _llama(layers)
     if form == "npu":
         for layer in llama.model.layers:
@@ -73,6 +83,43 @@ class _Logits(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.llama(tokens, use_cache=False).logits
+
+
+class _Decode(nn.Module):
+    def __init__(self, model: DeepseekV3ForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, cache: StaticCache) -> Tensor:
+        return self.model(tokens, past_key_values=cache).logits
+
+
+@torch.no_grad()
+def _decoding(layers: int) -> tuple[nn.Module, tuple[Tensor, StaticCache]]:
+    """With a cache that has a prompt in it, since an empty one is made inside of the graph."""
+    config = DeepseekV3Config(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=PLACES,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = DeepseekV3ForCausalLM(config).bfloat16().eval()
+    npu_fusion.prepare(model)
+    cache = StaticCache(config=config, max_cache_len=PLACES)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+    model(tokens, past_key_values=cache)
+    return _Decode(model).eval(), (tokens[:, :1].clone(), cache)
 
 
 class _NpuLinear(nn.Module):
@@ -148,7 +195,7 @@ class Captured:
 
     @property
     def decomposed(self) -> bool:
-        return self.form == "inductor"
+        return self.form in DECOMPOSED
 
 
 def capture(form: str, layers: int, dynamic: bool = False) -> Captured:
@@ -156,10 +203,12 @@ def capture(form: str, layers: int, dynamic: bool = False) -> Captured:
     model, args = build(form, layers)
     torch._dynamo.reset()
     found: list[tuple[fx.GraphModule, float, float]] = []
-    compile_graph = _decomposed if form == "inductor" else _undecomposed
+    compile_graph = _decomposed if form in DECOMPOSED else _undecomposed
 
     def keep(gm: fx.GraphModule) -> None:
-        found.append((gm, time.perf_counter() - wall, time.process_time() - cpu))
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        # a copy: Inductor goes on with the graph, and its cache writes are in place at the end
+        found.append((copy.deepcopy(gm), *seconds))
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         _compat.specialize_floats(gm)  # as the package's own backend does

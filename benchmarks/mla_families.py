@@ -8,7 +8,8 @@
 
 Each model is small and random, with one layer of this attention (two where a layer has two). The prompt goes
 through it in eager mode into a ``StaticCache``; then tokens are decoded one by one, in eager mode and
-compiled with ``numerics="relaxed"`` on copies of the same cache. The script fails where they differ.
+compiled with ``numerics="relaxed"`` on copies of the same cache. The script fails where they differ. The
+column "prepared" is the same after ``npu_fusion.prepare(model)`` and with ``cache_layout="npu"``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ class Row:
     """Why not, where a layer was not absorbed, or else its prolog not fused."""
     same: bool
     """Are the tokens those of eager mode?"""
+    prepared: int | None = None
+    """Prologs fused in the prepared model, with ``cache_layout="npu"``."""
 
 
 def make(name: str) -> Any:
@@ -193,14 +196,17 @@ def decoded(step: Any, token: Tensor, cache: Any) -> Tensor:
     return torch.cat(tokens, -1)
 
 
-def measure(name: str) -> Row:
-    """Decode with and without the passes."""
+def measure(name: str, *, prepared: bool = False) -> Row:
+    """Decode with and without the passes; ``prepared``: after ``prepare``, with ``cache_layout="npu"``."""
     model = make(name)
+    if prepared:
+        npu_fusion.prepare(model)
     text = model.config.get_text_config()
     prompt = torch.randint(2, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     cache = transformers.StaticCache(config=text, max_cache_len=PROMPT + DECODED)
     torch._dynamo.reset()
-    backend = npu_fusion.get_npu_backend(fusion_config={"strict": True, "numerics": "relaxed"}, host="eager")
+    config = {"strict": True, "numerics": "relaxed", "cache_layout": "npu" if prepared else "model"}
+    backend = npu_fusion.get_npu_backend(fusion_config=config, host="eager")
     with torch.no_grad():
         token = model(input_ids=prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
         expected = decoded(model, token, copy.deepcopy(cache))
@@ -215,9 +221,15 @@ def measure(name: str) -> Row:
     return Row(name, layers, absorbed, prolog, reason, torch.equal(result, expected))
 
 
+def both(name: str) -> Row:
+    """The model as it is, and prepared."""
+    plain, after = measure(name), measure(name, prepared=True)
+    return replace(plain, prepared=after.prolog, same=plain.same and after.same)
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    headings = ("model", "layers", "absorbed", "prolog fused", "otherwise because")
-    cells = [(r.family, r.layers, r.absorbed, r.prolog, r.reason) for r in rows]
+    headings = ("model", "layers", "absorbed", "prolog fused", "prepared", "otherwise because")
+    cells = [(r.family, r.layers, r.absorbed, r.prolog, r.prepared, r.reason) for r in rows]
     lines: list[Sequence[Any]] = [headings, ["---"] * len(headings), *cells]
     return "\n".join("|" + "|".join(f" {c} " if c != "" else " " for c in line) + "|" for line in lines)
 
@@ -249,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"MODEL is {name!r}; accepted: {', '.join(FAMILIES)}")
     if arguments.update is not None and arguments.families:
         parser.error("--update writes the table of all models; accepted: no MODEL")
-    rows = [measure(name) for name in arguments.families or FAMILIES]
+    rows = [both(name) for name in arguments.families or FAMILIES]
     different = [row.family for row in rows if not row.same]
     if different:
         raise RuntimeError(f"other tokens than in eager mode: {', '.join(different)}")

@@ -172,6 +172,64 @@ def mla_absorb(
     return {"y": F.softmax(scores, -1, dtype=wide).to(narrow) @ both[..., width:]}
 
 
+def mla_prolog(
+    x: Tensor,
+    w_dq: Tensor,
+    w_uq: Tensor,
+    w_uk: Tensor,
+    w_dkv: Tensor,
+    g_cq: Tensor,
+    g_ckv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    kv_cache: Tensor,
+    kr_cache: Tensor,
+    narrow: torch.dtype,
+    wide: torch.dtype,
+) -> Outputs:
+    """As transformers' DeepSeek, attention absorbed; of the caches the new rows."""
+    plain, latent = w_uk.shape[1:]
+
+    def turned(part: Tensor) -> Tensor:
+        even, odd = part[..., 0::2], part[..., 1::2]
+        return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
+
+    q = F.linear(normalized(F.linear(x, w_dq), g_cq, narrow, wide), w_uq).unflatten(-1, (w_uk.shape[0], -1))
+    kv = F.linear(x, w_dkv)
+    rows = normalized(kv[..., :latent], g_ckv, narrow, wide), turned(kv[:, None, latent:]).squeeze(1)
+    kv_cache, kr_cache = (
+        cache.index_copy(0, slots, new) for cache, new in zip((kv_cache, kr_cache), rows, strict=True)
+    )
+    query = torch.einsum("tnd,ndc->tnc", q[..., :plain], w_uk)
+    return {
+        "query": query,
+        "query_rope": turned(q[..., plain:]),
+        "kv": kv_cache[slots],
+        "kr": kr_cache[slots],
+    }
+
+
+def kv_rmsnorm_rope_cache(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    latents: Tensor,
+    keys: Tensor,
+    narrow: torch.dtype,
+    wide: torch.dtype,
+) -> Outputs:
+    """Of the caches the new rows: ``y`` of the latents, ``k`` of the keys."""
+    kv = F.linear(x, weight)
+    y = normalized(kv[..., : gamma.shape[0]], gamma, narrow, wide)
+    k = interleave_rope(kv[:, None, :, gamma.shape[0] :], cos, sin, narrow, wide)["y"]
+    latents, keys = (t.index_copy(0, slots, new.flatten(0, -2)) for t, new in ((latents, y), (keys, k)))
+    return {"y": latents[slots], "k": keys[slots]}
+
+
 # -- inputs -------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +280,52 @@ def latents(sizes: Sizes, g: torch.Generator) -> list[Tensor]:
     ]
 
 
+def prolog(sizes: Sizes, g: torch.Generator) -> list[Tensor]:
+    """The sizes of DeepSeek-V3 where ``hidden`` is 2048: He 7168, Hcq 1536, N 128, D 128, Dr 64, Hckv 512."""
+    unit = sizes.hidden // 32
+    tokens, hidden, rank = max(2, sizes.tokens // 8), 112 * unit, 24 * unit
+    heads, plain, turned, latent = 2 * unit, 2 * unit, unit, 8 * unit
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g) / shape[-1] ** 0.5
+
+    def gamma(size: int) -> Tensor:
+        return 1 + 0.2 * torch.randn(size, generator=g)
+
+    angles = torch.arange(tokens)[:, None] * 10_000.0 ** (-torch.arange(0, turned, 2) / turned)
+    rows = 16 * tokens
+    return [
+        torch.randn(tokens, hidden, generator=g),
+        matrix(rank, hidden),
+        matrix(heads * (plain + turned), rank),
+        matrix(heads, plain, latent),
+        matrix(latent + turned, hidden),
+        gamma(rank),
+        gamma(latent),
+        angles.cos()[:, None],
+        angles.sin()[:, None],
+        torch.randperm(rows, generator=g)[:tokens],
+        torch.randn(rows, latent, generator=g),
+        torch.randn(rows, turned, generator=g),
+    ]
+
+
+def keys(sizes: Sizes, g: torch.Generator) -> list[Tensor]:
+    """The sizes of DeepSeek-V3 where ``hidden`` is 2048: latents of 512, keys of 64."""
+    rank, turned, rows = sizes.hidden // 4, sizes.hidden // 32, 2 * sizes.tokens
+    _, cos, sin = heads(sizes, g, turned)
+    return [
+        torch.randn(1, sizes.tokens, sizes.hidden, generator=g),
+        torch.eye(rank + turned, sizes.hidden),  # rounds nothing: what is measured comes after it
+        1 + 0.2 * torch.randn(rank, generator=g),
+        cos,
+        sin,
+        torch.randperm(rows, generator=g)[: sizes.tokens],
+        torch.zeros(rows, rank),
+        torch.zeros(rows, turned),
+    ]
+
+
 CASES: dict[str, Case] = {
     "rms_norm": Case(rms_norm, lambda s, g: [*activations(1, s, g), weight(s, g)]),
     "add_rms_norm": Case(add_rms_norm, lambda s, g: [*activations(2, s, g), weight(s, g)]),
@@ -240,6 +344,8 @@ CASES: dict[str, Case] = {
     "interleave_rope": Case(interleave_rope, lambda s, g: heads(s, g, 64)),
     "dequant_swiglu_quant": Case(dequant_swiglu_quant, lambda s, g: matmul(s, g, 2 * s.hidden)),
     "mla_absorb": Case(mla_absorb, latents),
+    "mla_prolog": Case(mla_prolog, prolog),
+    "kv_rmsnorm_rope_cache": Case(kv_rmsnorm_rope_cache, keys),
 }
 
 

@@ -40,8 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"npu-fusion {npu_fusion.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser(
-        "demo", help="quantize, compile and run a small trained Llama, and show what was fused"
+    demo = commands.add_parser("demo", help="compile and run a small trained model, and show what was fused")
+    demo.add_argument(
+        "--model",
+        choices=("llama", "mla"),
+        default="llama",
+        help="llama: in W8A8; mla: in float32, with latent attention as DeepSeek-V3",
     )
     demo.add_argument("--host", choices=HOSTS, default="auto", help="compiler for the rest of the graph")
     demo.add_argument("--dump", default="npu_fusion_dump", metavar="DIR", help="where graphs and reports go")
@@ -82,9 +86,13 @@ def _positive(text: str) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from npu_fusion.demo.run import run
+        from npu_fusion.demo import mla_run, run
 
-        run(host=arguments.host, dump_dir=arguments.dump, length=arguments.bytes)
+        demo, most = (mla_run.run, mla_run.longest()) if arguments.model == "mla" else (run.run, None)
+        if most is not None and arguments.bytes > most:
+            given = f"--bytes is {arguments.bytes} with --model {arguments.model}"
+            raise UsageError(f"{given}; accepted: up to {most}")
+        demo(host=arguments.host, dump_dir=arguments.dump, length=arguments.bytes)
     except ImportError as error:
         raise UsageError(f"the demo needs more packages ({error}): pip install npu-fusion[demo]") from error
     return 0

@@ -97,6 +97,18 @@ def test_the_demo_without_its_packages_says_what_to_install(
     assert "pip install npu-fusion[demo]" in error
 
 
+def test_the_demo_of_latent_attention_needs_safetensors_and_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", "mla", "--bytes", "193"]) == 2
+    assert "--bytes is 193 with --model mla; accepted: up to 192" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert main(["demo", "--model", "mla"]) == 2
+    error = capsys.readouterr().err
+    assert "safetensors" in error
+    assert "pip install npu-fusion[demo]" in error
+
+
 def test_without_rich_explain_prints_plain_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

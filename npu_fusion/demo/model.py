@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 CHECKPOINT = Path(__file__).with_name("byte_llama.safetensors")
-FACTS = CHECKPOINT.with_suffix(".json")
 
 # Called with token ids [1, S] (int64) and returns something whose ``logits`` are [1, S, 256]: the model of
 # load_byte_llama, or what torch.compile made of it.
@@ -37,14 +36,27 @@ def new_byte_llama(config: dict[str, Any], dtype: torch.dtype = torch.float32) -
     return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=dtype, attn_implementation="sdpa")
 
 
-def facts() -> dict[str, Any]:
-    """Return what is known of the checkpoint: ``config`` (of the model), ``training`` (how it was made)."""
-    return json.loads(FACTS.read_text(encoding="utf-8"))
+def facts(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
+    """Return what is known of a checkpoint: ``config`` (of the model), ``training`` (how it was made)."""
+    return json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def context_length() -> int:
-    """Return the number of bytes the checkpoint was trained to look at."""
-    return facts()["config"]["max_position_embeddings"]
+def context_length(checkpoint: Path = CHECKPOINT) -> int:
+    """Return the number of bytes the model of a checkpoint was trained to look at."""
+    return facts(checkpoint)["config"]["max_position_embeddings"]
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into a model of its configuration.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import load_model
+    except ImportError as error:
+        raise ImportError("the demo's checkpoint needs safetensors: pip install npu-fusion[demo]") from error
+    load_model(model, checkpoint)
 
 
 def load_byte_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -53,12 +65,8 @@ def load_byte_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     Raises:
         ImportError: transformers or safetensors is not installed.
     """
-    try:
-        from safetensors.torch import load_model
-    except ImportError as error:
-        raise ImportError("the demo's checkpoint needs safetensors: pip install npu-fusion[demo]") from error
     model = new_byte_llama(facts()["config"], dtype)
-    load_model(model, CHECKPOINT)
+    load_weights(model, CHECKPOINT)
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -31,6 +32,15 @@ def test_a_llama_fuses_in_every_layer_and_form(form: str) -> None:
     assert cost.capture > 0
 
 
+@pytest.mark.parametrize("form", graphs.MLA)
+def test_latent_attention_is_absorbed_and_fused_in_every_layer_and_form(form: str) -> None:
+    cost = _cost(form)
+    assert cost.fused["mla_absorb"] == LAYERS
+    assert cost.fused["npu_mla_prolog_v3_functional"] == LAYERS
+    assert cost.fused["npu_swiglu"] == LAYERS
+    assert cost.pattern_seconds is None
+
+
 @pytest.mark.parametrize(("form", "matches"), [("npu", 1), ("plain", 6), ("inductor", 6)])
 def test_the_comparison_finds_its_pattern_everywhere(form: str, matches: int) -> None:
     cost = _cost(form)
@@ -40,10 +50,11 @@ def test_the_comparison_finds_its_pattern_everywhere(form: str, matches: int) ->
 
 
 @pytest.mark.slow
-def test_symbolic_shapes_fuse_as_much() -> None:
-    cost = _cost("npu", dynamic=True)
-    assert cost.fused == _cost("npu").fused
-    assert cost.pattern_matches == LAYERS
+@pytest.mark.parametrize(("form", "matches"), [("npu", LAYERS), ("mla", 0), ("mla-inductor", 0)])
+def test_symbolic_shapes_fuse_as_much(form: str, matches: int) -> None:
+    cost = _cost(form, dynamic=True)
+    assert cost.fused == _cost(form).fused
+    assert cost.pattern_matches == matches
 
 
 def test_a_graph_with_nothing_to_fuse_stays_the_object_that_it_was() -> None:
@@ -77,6 +88,18 @@ def test_the_npu_form_is_a_model_whose_logits_survive_the_fusions() -> None:
         expected = model(*args)
         result = torch.compile(model, backend=backend)(*args)
     assert backend.reports[0].fused["npu_dequant_swiglu_quant"] == 1
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def test_the_mla_form_decodes_one_token_after_a_prompt() -> None:
+    model, (tokens, cache) = graphs.build("mla", 1)
+    backend = npu_fusion.get_npu_backend(host="eager", fusion_config={"numerics": "relaxed"})
+    with torch.no_grad():
+        expected = model(tokens, copy.deepcopy(cache))
+        result = torch.compile(model, backend=backend)(tokens, cache)
+    assert result.shape == (graphs.BATCH, 1, graphs.VOCABULARY)
+    assert int(cache.get_seq_length()) == graphs.TOKENS + 1
+    assert backend.reports[0].fused["mla_absorb"] == 1
     torch.testing.assert_close(result, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
@@ -120,6 +143,13 @@ def test_the_tables_hold_what_was_measured() -> None:
     assert met["nothing, the graph"] == "yes"
     assert met["time per layer, large over small"] == "yes"
     assert "| plain, median | 0.5 s | 0.600 s | no |" in limits.markdown()
+
+
+def test_every_form_has_a_limit_of_its_own() -> None:
+    seconds = passes.Seconds((0.6,), (0.6,))
+    costs = [dataclasses.replace(_cost("plain"), form=form, pipeline=seconds) for form in graphs.FORMS]
+    met = {row[0]: row[3] for row in passes.tables(costs, [])[-1].rows}
+    assert {form for form in graphs.FORMS if met[f"{form}, median"] == "yes"} == set(graphs.MLA)
 
 
 def test_a_changed_graph_with_nothing_to_fuse_misses_its_limit() -> None:
