@@ -116,8 +116,7 @@ def _is_widening(term: Term) -> bool:
 def stepped(of: Layout, step: Term, sizes: Sizes) -> Layout | None:
     """The layout after one more operation, whose operand has the layout ``of``."""
     if step.op == "view":
-        dims = _viewed(of.flat(), step.args[1], sizes)
-        return None if dims is None else Layout(of.root, dims, of.origin)
+        return viewed(of, step.args[1], sizes)
     if step.op == "permute":
         return Layout(of.root, tuple(of.dims[d] for d in step.args[1]), of.origin)
     if step.op == "expand":
@@ -128,6 +127,12 @@ def stepped(of: Layout, step: Term, sizes: Sizes) -> Layout | None:
         return _sliced(of, len(base.shape) - 1, length if which else 0, length, 1)
     _, dim, start, length, by = step.args
     return _sliced(of, dim, start, length, by)
+
+
+def viewed(of: Layout, shape: Sequence[Size], sizes: Sizes) -> Layout | None:
+    """The layout of a view of that shape."""
+    dims = _viewed(of.flat(), shape, sizes)
+    return None if dims is None else Layout(of.root, dims, of.origin)
 
 
 def _viewed(axes: Dim, shape: Sequence[Size], sizes: Sizes) -> tuple[Dim, ...] | None:

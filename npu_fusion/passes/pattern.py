@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from npu_fusion.config import FusionConfig, Numerics
-from npu_fusion.passes.checks import Sizes, Truth, product
+from npu_fusion.passes.checks import Sizes, Truth, product, row_major
 from npu_fusion.passes.memory import storage_root, written_by
 from npu_fusion.passes.rewrite import Emitter, RewriteError, Rewriter
 from npu_fusion.passes.terms import Drift, Size, Term, TermGraph, sizes_of
@@ -210,7 +210,7 @@ class Fusion(ABC):
                         raise _OtherSize(f"{node.name} has shape {list(form[1])}")
                     if form not in shaped:
                         shaped[form] = emitter.view(emitter.cast(result, form[0]), form[1])
-                    new.append((node, shaped[form]))
+                    new.append((node, _as_returned(node, shaped[form], emitter)))
             if context.config.verify:
                 verify(self.name, region, new, emitter, _level(found.drift))
             for old, replacement in new:
@@ -241,6 +241,23 @@ class Fusion(ABC):
                 source_of(nodes[0]) if nodes else None,
             )
         )
+
+
+def _as_returned(old: fx.Node, new: fx.Node, e: Emitter) -> fx.Node:
+    """``new``, contiguous where ``old`` is and leaves the graph: what comes after may view it."""
+    if row_major(new.meta["val"]) or not row_major(old.meta["val"]):
+        return new
+    pending = [old]
+    while pending:
+        for user in e.rewriter.live_users(pending.pop()):
+            if user.op == "output":
+                return e.call(torch.ops.aten.clone.default, new, memory_format=torch.contiguous_format)
+            if getattr(user.target, "is_view", False) or user.target in _VIEWS:
+                pending.append(user)
+    return new
+
+
+_VIEWS = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default})
 
 
 @dataclass
@@ -277,8 +294,10 @@ class Region:
             inside[node] = None
             pending.extend(node.all_input_nodes)
         ends = set(outputs)
-        # Nodes before the first output cannot depend on it, unless late insertions wait for the final sort.
-        first = None if context.rewriter.needs_sort else min(outputs)
+        # Nodes before the first output cannot depend on it, nodes before the region not on any of it, unless
+        # insertions behind their users wait for the final sort.
+        late, start = context.rewriter.late, min(inside)
+        first = min(outputs) if late is None else start if not start < late else None
         for node in used:
             if (first is None or node > first) and _depends_on(node, inside, first):
                 return Refused(

@@ -31,7 +31,8 @@ from torch import fx
 from npu_fusion.config import FusionConfig
 from npu_fusion.passes import canonicalize, compose, lift
 from npu_fusion.passes.checks import Sizes
-from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards
+from npu_fusion.passes.compose._mla_pairs import kept_pairs
+from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards, source_of
 from npu_fusion.passes.rewrite import Rewriter
 from npu_fusion.passes.terms import Term, TermGraph
 from npu_fusion.passes.verify import FusionVerificationError
@@ -124,6 +125,10 @@ def _run_stages(
         report.timing[stage] = clock() - started
         if keep_stages and report.fusions and not config.dry_run:
             report.stages.append((stage, readable(graph)))
+    mixed = kept_pairs(context) if config.cache_layout == "npu" and not config.dry_run else []
+    if mixed:
+        rewriter.rollback()
+        raise FusionError(_mixed_layouts(mixed[0].term, report))
     if config.dry_run:
         rewriter.rollback()
         _forget(report, {node.name for node in graph.nodes})
@@ -143,6 +148,15 @@ def _run_stages(
     report.timing["clean up"] = clock() - started
     if keep_stages:
         report.stages.append(("after", readable(graph)))
+
+
+def _mixed_layouts(rotated: Term, report: FusionReport) -> str:
+    place = source_of(rotated.nodes[0]) if rotated.nodes else None
+    because = dict.fromkeys(r.reason for r in report.refused if r.fusion in ("mla_prolog", "mla_absorb"))
+    return (
+        f"cache_layout='npu': graph {report.graph!r} would write rotated pairs to a cache ({place}), which "
+        f"other graphs read as halves; mla_prolog did not take it over: {'; '.join(because)}"
+    )
 
 
 def _absorb(anchors: dict[str, list[Term]], context: Context) -> bool:

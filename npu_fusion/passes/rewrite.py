@@ -63,6 +63,8 @@ class Rewriter:
         self.made: set[fx.Node] = set()
         """Nodes that stand for a replaced value; they are not matched again."""
         self.needs_sort = False
+        self.late: fx.Node | None = None
+        """Before this node stand all nodes that come after one of their users, until the graph is sorted."""
         self._journal: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
         self._added: list[fx.Node] = []
         self._fakes: dict[Any, Any] = {}
@@ -103,7 +105,7 @@ class Rewriter:
         """The canonical view of the graph as rewritten so far; what was made may be matched and replaced."""
         if self.needs_sort:
             order(self.graph)
-            self.needs_sort = False
+            self.needs_sort, self.late = False, None
         gone: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             if (node.users or node in self.dead) and all(u in gone for u in node.users):
@@ -181,8 +183,14 @@ class Rewriter:
             emitter.before = first
         else:
             emitter.before = latest.next
-            self.needs_sort = True
+            self.has_late(emitter.before)
         return emitter
+
+    def has_late(self, before: fx.Node) -> None:
+        """A node in front of ``before`` has users in front of itself."""
+        self.needs_sort = True
+        if self.late is None or before > self.late:
+            self.late = before
 
     def added(self, node: fx.Node) -> None:
         self._added.append(node)
@@ -288,7 +296,7 @@ class Emitter:
         if key not in known:
             known[key] = build()
         elif not known[key] < self.before:
-            self.rewriter.needs_sort = True
+            self.rewriter.has_late(known[key].next)
         return known[key]
 
     def arange(self, length: Size, step: Any = 1) -> fx.Node:

@@ -7,6 +7,7 @@ floating results by 1 % of the largest value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,10 @@ def _random_like(value: Any, generator: torch.Generator) -> Any:
     shape = [_compat.hint(s) for s in value.shape]
     if value.dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    if value.dtype == torch.int64:  # indices: each must be inside of what it indexes, whatever that is
+        return torch.randperm(math.prod(shape), generator=generator).reshape(shape)
+    if value.dtype.is_complex:
+        return torch.randn(shape, dtype=value.dtype, generator=generator)
     if not value.dtype.is_floating_point:
         return torch.randint(-20_000, 20_001, shape, generator=generator).to(value.dtype)
     scale_like = len(shape) < 2 or shape[-1] == 1 or all(s == 1 for s in shape[:-1])

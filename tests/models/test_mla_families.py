@@ -20,6 +20,9 @@ IN_ANOTHER_GRAPH = {"glm5_next"}
 """Its indexer breaks the graph between the expansion of keys and values and the attention to them."""
 
 
+FUSED = {"axk1", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "youtu"}
+"""The prolog of every layer is fused, without preparing anything."""
+
 SLOW = {"glm5_next", "longcat_flash"}
 FAMILIES = [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in mla_families.FAMILIES]
 
@@ -30,8 +33,18 @@ def test_decoding(name: str) -> None:
     row = mla_families.measure(name)
     assert row.same
     assert row.absorbed == (0 if name in IN_ANOTHER_GRAPH else row.layers)
+    assert row.prolog == (row.layers if name in FUSED else 0)
+    assert bool(row.reason) == (name not in FUSED)
     if name in IN_ANOTHER_GRAPH:
         assert row.reason == mla_families.BREAK
+
+
+@pytest.mark.parametrize("name", ["minicpm3", "hy_v4", "deepseek_v2", "deepseek_v3"])
+def test_prepared(name: str) -> None:
+    """Rope columns are paired; the cache may be in the operator's order."""
+    row = mla_families.measure(name, prepared=True)
+    assert row.same
+    assert (row.absorbed, row.prolog) == (row.layers, row.layers)
 
 
 def deepseek(**changes: Any) -> Any:
@@ -82,8 +95,8 @@ def test_the_documentation_has_a_row_of_every_model() -> None:
 
 def test_the_table_is_updated(tmp_path: Path) -> None:
     rows = [
-        mla_families.Row("youtu", 1, 1, 0, "`why \\d`", True),
-        mla_families.Row("axk1", 1, 1, 1, "", True),
+        mla_families.Row("youtu", 1, 1, 0, "`why \\d`", True, 1),
+        mla_families.Row("axk1", 1, 1, 1, "", True, 1),
     ]
     document = "before\n<!-- mla families -->\nold\n<!-- end -->\nafter\n"
     for _ in range(2):
@@ -91,10 +104,10 @@ def test_the_table_is_updated(tmp_path: Path) -> None:
     assert document.splitlines() == [
         "before",
         "<!-- mla families -->",
-        "| model | layers | absorbed | prolog fused | otherwise because |",
-        "| --- | --- | --- | --- | --- |",
-        "| youtu | 1 | 1 | 0 | `why \\d` |",
-        "| axk1 | 1 | 1 | 1 | |",
+        "| model | layers | absorbed | prolog fused | prepared | otherwise because |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| youtu | 1 | 1 | 0 | 1 | `why \\d` |",
+        "| axk1 | 1 | 1 | 1 | 1 | |",
         "<!-- end -->",
         "after",
     ]
@@ -110,6 +123,6 @@ def test_it_refuses_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_other_tokens_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     row = mla_families.Row("youtu", 1, 1, 0, "", False)
-    monkeypatch.setattr(mla_families, "measure", lambda name: row)
+    monkeypatch.setattr(mla_families, "measure", lambda name, **_: row)
     with pytest.raises(RuntimeError, match="other tokens than in eager mode: youtu"):
         mla_families.main(["youtu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,17 @@ def data(form: Form, dtype: torch.dtype = torch.float32, s: int = S) -> list[Any
     return [random(B, s, N * D), random(B, N, s, DR), past, new, mask]
 
 
+def symbolic(form: Form) -> list[Any]:
+    """The batch and the length of the cache may be symbolic, the number of queries not."""
+    args = data(form)
+    for tensor in (args[0], args[1], *args[3]):
+        torch._dynamo.mark_static(tensor, 1)
+        torch._dynamo.mark_static(tensor, tensor.dim() - 2)
+    if form.mask:
+        torch._dynamo.mark_static(args[4], 2)
+    return args
+
+
 def run(form: Form, model: nn.Module | None = None, args: list[Any] | None = None, **options: Any) -> Outcome:
     options = {"numerics": "relaxed", **options}
     args = data(form) if args is None else args
@@ -171,14 +183,7 @@ def test_it_absorbs(form: Form, dialect: str) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("form", [f for f in FORMS if not f.causal], ids=str)
 def test_with_symbolic_sizes(form: Form, dialect: str) -> None:
-    """The batch and the length of the cache are symbolic, the number of queries is not."""
-    args = data(form)
-    for tensor in (args[0], args[1], *args[3]):
-        torch._dynamo.mark_static(tensor, 1)
-        torch._dynamo.mark_static(tensor, tensor.dim() - 2)
-    if form.mask:
-        torch._dynamo.mark_static(args[4], 2)
-    got = run(form, args=args, dialect=dialect, dynamic=True)
+    got = run(form, args=symbolic(form), dialect=dialect, dynamic=True)
     is_absorbed(got, form)
     assert "Sym" in got.before
     near(got.result, got.expected)
@@ -193,22 +198,115 @@ def test_one_query_of_one_sequence(form: Form) -> None:
     near(got.result, got.expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [FLASH, MATH, EAGER], ids=str)
-def test_against_float64(form: Form, dtype: torch.dtype) -> None:
-    """``relaxed`` is what it says: in 16 bits the result may be further off; here not three times."""
-    model, args = Latent(form).to(dtype), data(form, dtype)
-    got = run(form, model, args)
-    is_absorbed(got, form)
+def in_float64(model: nn.Module, args: list[Any]) -> Tensor:
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(
+        return copy.deepcopy(model).double()(
             *(
                 a if a is None else [t.double() for t in a] if isinstance(a, list) else a.double()
                 for a in args
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dialect"),
+    [(torch.float32, "aot"), (torch.bfloat16, "aot"), (torch.bfloat16, "inductor"), (torch.float16, "aot")],
+)
+@pytest.mark.parametrize("form", [FLASH, MATH, EAGER], ids=str)
+def test_against_float64(form: Form, dtype: torch.dtype, dialect: str) -> None:
+    """``relaxed`` is what it says: in 16 bits the result may be further off; here not three times."""
+    model, args = Latent(form).to(dtype), data(form, dtype)
+    got = run(form, model, args, dialect=dialect)
+    is_absorbed(got, form)
+    exact = in_float64(model, args)
     eager, absorbed = (torch.linalg.vector_norm(t.double() - exact) for t in (got.expected, got.result))
     assert absorbed <= 3 * eager
+
+
+class Widened(Latent):
+    """Attention is in float32, the rest of the model in 16 bits."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        mask = None if mask is None else wide(mask)
+        return super().attended(wide(query), wide(key), wide(value), mask)
+
+
+class WidenedScores(Latent):
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        weights = F.softmax(wide(query) @ wide(key).transpose(2, 3) * 0.3 + mask, -1)
+        return weights.to(value.dtype) @ value
+
+
+class WidenedValues(Latent):
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.softmax(wide(query @ key.transpose(2, 3) * 0.3 + mask), -1) @ wide(value)
+
+
+class WidenedPieces(Widened):
+    """Each part of query and key is widened, then put together."""
+
+    def expanded(self, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        b, _, length, _ = latent.shape
+        both = self.kv_b_proj(latent).view(b, length, N, -1).transpose(1, 2)
+        return torch.cat((wide(both[..., :D]), wide(rotary.expand(-1, N, -1, -1))), -1), both[..., D:]
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        both = torch.cat((wide(query[..., :D]), wide(query[..., D:])), -1)
+        return super().attended(both, key, value, mask)
+
+
+class WidenedWhole(Widened):
+    """The query is not seen in parts."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        factor = 1 + 0.1 * torch.arange(query.shape[2], dtype=query.dtype)[:, None]
+        return super().attended(query * factor, key, value, mask)
+
+
+class FloatQuery(Widened):
+    """The query is no widened one."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return super().attended(torch.sin(wide(query)), key, value, mask)
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 of 16 bits; in float64, exact, as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("model", "form", "products"),
+    [
+        # by W_UK, the scores, the sums, by W_UV; where an operator attends, the first and the last
+        *((m, FLASH, "ll") for m in (Widened, WidenedPieces, WidenedWhole)),
+        (FloatQuery, FLASH, "fl"),
+        (Widened, MATH, "lffl"),
+        *((m, EAGER, "lffl") for m in (Widened, WidenedPieces, WidenedWhole)),
+        (FloatQuery, EAGER, "fffl"),
+        (WidenedScores, EAGER, "lfll"),
+        (WidenedValues, EAGER, "llfl"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_float32(
+    model: type[Latent], form: Form, products: str, dtype: torch.dtype, dialect: str
+) -> None:
+    """The products with the weight are in 16 bits, ``l``, those of attention in what the source has."""
+    low = model(form).to(dtype)
+    args = data(form, dtype)
+    got = run(form, low, args, dialect=dialect, verify=True)
+    is_absorbed(got, form)
+    shown = {"l": {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype], "f": "f32"}
+    made = re.findall(r'"(\w+)\[[^"]*" = torch.ops.aten.bmm.default', got.code)
+    assert made == [shown[p] for p in products]
+    rounded = f"the attended latent is rounded to {str(dtype)[6:]}, the dtype of W_UV"
+    assert (rounded in got.report.fusions[0].notes) == (model is not WidenedScores)
+    assert got.result.dtype == got.expected.dtype
+    exact = in_float64(low, args)
+    error = torch.linalg.vector_norm(got.result.double() - exact)
+    assert error <= torch.finfo(dtype).eps * torch.linalg.vector_norm(exact)
 
 
 class InTwo(Latent):
@@ -296,6 +394,21 @@ class ScaledBefore(Latent):
         return F.softmax(scores + mask, -1) @ value
 
 
+class ScaledBySize(Latent):
+    """Numbers that are sizes, and in dynamic graphs symbols."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        keys = key.shape[2]
+        scores = (query * keys * 0.5) @ (key / keys).transpose(2, 3)
+        return F.softmax(scores + mask, -1) @ value
+
+
+class DividedByZero(Latent):
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        scores = torch.clamp((query / 0) @ key.transpose(2, 3), -10, 10).nan_to_num(1)
+        return F.softmax(scores + mask, -1) @ value
+
+
 class Capped(Latent):
     """What is between the two products is kept, whatever it is."""
 
@@ -318,6 +431,7 @@ class DefaultScale(Latent):
         *((m, f) for m in (Turned, ValueFirst, FirstRows, ScaledQuery) for f in (FLASH, MATH, EAGER)),
         *((m, f) for m in (DefaultScale,) for f in (FLASH, MATH)),
         (ScaledBefore, EAGER),
+        (ScaledBySize, EAGER),
         (Capped, EAGER),
     ],
 )
@@ -325,6 +439,20 @@ def test_other_spellings(model: type[Latent], form: Form, dialect: str) -> None:
     got = run(form, model(form), dialect=dialect)
     is_absorbed(got, form)
     near(got.result, got.expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_symbolic_size_as_a_factor(dialect: str) -> None:
+    got = run(EAGER, ScaledBySize(EAGER), symbolic(EAGER), dialect=dialect, dynamic=True)
+    is_absorbed(got, EAGER)
+    assert "Sym" in got.before
+    near(got.result, got.expected)
+
+
+def test_a_division_by_zero_is_no_factor() -> None:
+    got = run(EAGER, DividedByZero(EAGER))
+    is_absorbed(got, EAGER)
+    assert got.result.isfinite().all()  # that the signs of infinities are those of the source is not asked
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -455,6 +583,14 @@ class ComputedWeight(Latent):
         return torch.cat((both[..., :D], rotary.expand(-1, N, -1, -1)), -1), both[..., D:]
 
 
+class LastRow(Latent):
+    """Only the weights of the last query are multiplied by the values."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        weights = F.softmax(query @ key.transpose(2, 3) + mask, -1)
+        return (weights[:, :, -1:] @ value).expand(-1, -1, query.shape[2], -1)
+
+
 class RotaryOfEachHead(Latent):
     def expanded(self, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         many = rotary * torch.arange(1, N + 1)[:, None, None]
@@ -491,6 +627,11 @@ SECOND_USER = "an intermediate value that the fused operator does not return has
         *((Biased, f, "the expansion of the latent has a bias: ") for f in (FLASH, MATH, EAGER)),
         *((WithValues, f, SECOND_USER) for f in (FLASH, MATH, EAGER)),
         (WithWeights, EAGER, SECOND_USER),
+        (
+            LastRow,
+            EAGER,
+            "the attention weights have another shape than the scores: [8, 1, 40] and [8, 3, 40]",
+        ),
         (WithLogSumExp, FLASH, "another result of the attention operator is used: "),
         *(
             (ComputedWeight, f, "the weight of the expansion is computed in the graph: by ")

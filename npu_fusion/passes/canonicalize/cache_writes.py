@@ -14,8 +14,9 @@
     npu_scatter_pa_kv_cache(_functional)                                      ->  the same, twice
 
 ``write(cache, rows, where, how, dim, wraps)``, one index for each row; ``wraps``: a negative index counts
-from the end, as ``index_put`` has it. The torch_npu operators skip such a row. ``cache`` may have more batches than ``rows``:
-the first are written. npu_kv_rmsnorm_rope_cache also stands for the norm and the rotation that it computes.
+from the end, as ``index_put`` has it. The torch_npu operators skip such a row. The cache may have more batches
+than the rows: the first are written. npu_kv_rmsnorm_rope_cache also stands for the norm and the rotation that
+it computes.
 
 In a functional graph an operator that writes in place is ``auto_functionalized_v2``; read here where it
 writes whole tensors, not views of them.
@@ -30,11 +31,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _statically
 
 from npu_fusion.passes.canonicalize.views import part, reshaped
-from npu_fusion.passes.terms import Term, TermGraph, rule
+from npu_fusion.passes.terms import PURE, Term, TermGraph, rule
 
 aten = torch.ops.aten
 npu = torch.ops.npu
 higher_order = torch.ops.higher_order
+
+PURE.update({aten.arange.default, aten.arange.start, aten.arange.start_step, torch.ops.prims.iota.default})
 
 SLOTS = ("PA", "PA_BNSD", "PA_NZ")
 """Modes of npu_kv_rmsnorm_rope_cache in which the index has a slot for every row."""
@@ -54,16 +57,25 @@ def _index_put(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
         return NotImplemented
     index, value = indices[given[0]], node.args[2]
     assert isinstance(value, fx.Node)
-    if len(index.shape) != 1 or not _one_for_each(value.meta["val"], node.meta["val"], given[0]):
+    (position,) = (n for n in node.args[1] if n is not None)  # type: ignore[union-attr]
+    assert isinstance(position, fx.Node)
+    rows_val, cache_val, index_val = (n.meta["val"] for n in (value, node, position))
+    if len(index.shape) != 1 or not _one_for_each(rows_val, cache_val, given[0], index_val):
         return NotImplemented
+    missing = (1,) * (len(cache.shape) - len(rows.shape))  # a single row comes without its first dimension
+    rows = reshaped(view, rows, (*missing, *rows.shape))
     return written(view, cache, rows, index, "rows", given[0], wraps=True)
 
 
-def _one_for_each(rows: torch.Tensor, cache: torch.Tensor, dim: int) -> bool:
+def _one_for_each(rows: torch.Tensor, cache: torch.Tensor, dim: int, index: torch.Tensor) -> bool:
     """Is nothing broadcast? What is not 1 must be as large as its place, or the operator fails."""
-    return rows.dim() == cache.dim() and all(
-        _statically(size != 1) or (d != dim and _statically(size == place))
-        for d, (size, place) in enumerate(zip(rows.shape, cache.shape, strict=True))
+    places = (*cache.shape[:dim], *index.shape, *cache.shape[dim + 1 :])
+    if rows.dim() > cache.dim():
+        return False
+    shape = (*(1 for _ in range(cache.dim() - rows.dim())), *rows.shape)
+    return all(
+        _statically(size != 1) or _statically(size == place)
+        for size, place in zip(shape, places, strict=True)
     )
 
 

@@ -10,7 +10,8 @@
 
 Written out, the two products are recognized and nothing else. A number that multiplies query or key before
 the product is told apart from them (``scale``). The new attention has one key that all heads share, so there
-the heads are rows of one product with it.
+the heads are rows of one product with it. Trap: the two products may differ in dtype, as where scores are in
+float32 and weights rounded to 16 bits; each keeps its own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _EQUAL_SIZES_UP_TO = {
 
 @dataclass
 class Attention:
-    """Query, key and value end in [S, width]; ``result`` is the term to replace."""
+    """Query, key and value end in [S, width]; ``result`` is the term to replace. Query and
+    key have the dtype in which the scores are computed."""
 
     result: Term
     query: Term
@@ -47,8 +49,8 @@ class Attention:
     """What else is read: masks, mostly."""
     rebuild: Callable[[Emitter, fx.Node, fx.Node, int, float], fx.Node]
     """``rebuild(e, query, key, columns, scale)``: [B, N, S, columns] out of a query [B, N, S, E] and one key
-    [B, 1, L, E] for all heads, the first ``columns`` of which are the value. ``scale``: of the scores where
-    the operator would take it from the size of a head."""
+    [B, 1, L, E] for all heads, in the dtype of those that they replace; the first ``columns`` of the key are
+    the value. ``scale``: of the scores where the operator would take it from the size of a head."""
     scale: float = 1.0
     """By what numbers query and key are multiplied in all."""
 
@@ -116,6 +118,10 @@ def written_out(
     between = _path(behind, first)
     if weights not in between:
         return None
+    rows, shape = (sizes_of(node.meta["val"].shape) for node in (weights, first))
+    if not context.sizes.same_shape(rows, shape):
+        shown = f"{list(rows)} and {list(shape)}"
+        return Refused("the attention weights have another shape than the scores", shown, (term,))
     others = _terms(_read_by(between, {first, *between}), context)
     if others is None:
         return None
@@ -134,7 +140,7 @@ def written_out(
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env.get(n, n))
             env[node] = e.call(node.target, *args, **kwargs)
         weighed = e.view(env[weights], (batch, heads * length, keys))
-        latent = e.call(aten.slice.Tensor, k, 2, 0, columns)
+        latent = e.cast(e.call(aten.slice.Tensor, k, 2, 0, columns), weighed.meta["val"].dtype)
         result = e.call(aten.bmm.default, weighed, latent)
         return e.view(result, (batch, heads, length, columns))
 
@@ -199,7 +205,10 @@ def _terms(nodes: Iterable[fx.Node], context: Context) -> list[Term] | None:
 
 
 def unscaled(view: TermGraph, term: Term) -> tuple[Term, float]:
-    """``term`` without the numbers that it is multiplied by or divided by as a whole, and their product."""
+    """``term`` without the numbers that it is multiplied by or divided by as a whole, and their product.
+
+    Symbolic sizes stay: they are no numbers, and no node may hold their product.
+    """
     if term.op in ("view", "permute", "expand"):
         inner, factor = unscaled(view, term.args[0])
         if factor == 1:
@@ -211,12 +220,14 @@ def unscaled(view: TermGraph, term: Term) -> tuple[Term, float]:
             return permuted(view, inner, term.args[1]), factor
         return view.make("expand", (inner, shape), inner.dtype), factor
     wide = term.args[0] if term.op == "cast" and term.dtype in LOW_PRECISION else term
-    if wide.op in ("mul", "div") and isinstance(wide.args[0], Term) and not isinstance(wide.args[1], Term):
-        inner = wide.args[0]
-        if wide is not term:
-            inner = view.cast(inner, term.dtype)
-        if inner.dtype == term.dtype and inner.shape == term.shape:
-            inner, factor = unscaled(view, inner)
-            number = wide.args[1] if wide.op == "mul" else 1 / wide.args[1]
-            return inner, factor * number
-    return term, 1.0
+    if wide.op not in ("mul", "div"):
+        return term, 1.0
+    inner, number = wide.args
+    if not isinstance(inner, Term) or not isinstance(number, (int, float)) or number == 0:
+        return term, 1.0
+    if wide is not term:
+        inner = view.cast(inner, term.dtype)
+    if inner.dtype != term.dtype or inner.shape != term.shape:
+        return term, 1.0
+    inner, factor = unscaled(view, inner)
+    return inner, factor * (number if wide.op == "mul" else 1 / number)

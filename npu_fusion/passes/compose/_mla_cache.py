@@ -13,6 +13,7 @@ A view of a contiguous cache as pages moves nothing. A negative index counts fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,8 @@ class Caches:
             slots = e.arange(self.tokens.shape[-1] if self.dim else self.tokens.total)
             if self.where != 0:
                 slots = e.call(aten.add.Tensor, slots, *e.sizes((self.where,)))
+            if not isinstance(self.where, int):  # a slice may begin at a negative position
+                slots = e.call(aten.remainder.Scalar, slots, self._extent(e))
         if not self.dim:  # a slot for every row, or batches that do not exist
             return e.view(slots, self.tokens.shape)
         batch, length = self.tokens.shape
@@ -115,6 +118,8 @@ def caches(kv: Term, kr: Term, tokens: Tokens, context: Context) -> Caches | Ref
 
     if how in ("PA", "PA_NZ"):
         return found(None, shape[0] * shape[1], (shape[0], shape[1]))
+    if dim == len(first.args[0].shape) - 1:
+        return Refused("columns of a cache are written, not rows", f"{list(shape)}", (kv, kr))
     middle = list(first.args[0].shape[:-1])
     del middle[dim]
     if any(s != 1 for s in middle[1 if dim else 0 :]):
@@ -164,17 +169,14 @@ def _pages(rows: Size, batches: Size, context: Context) -> tuple[Size, Size] | N
 
 
 def _from_zero(index: Term) -> bool:
-    """Is the index 0, 1, 2 ..?"""
-    return (
-        index.op == "input"
-        and index.args[0].target
-        in (
-            aten.arange.default,
-            aten.arange.start_step,
-            torch.ops.prims.iota.default,
-        )
-        and not any(isinstance(a, int) and a < 0 for a in index.args[0].args)
-    )
+    """Is no index negative, since they count up from 0 or a number above it?"""
+    if index.op == "aten.arange.default":
+        return True
+    first = {"aten.arange.start": 0, "aten.arange.start_step": 0, "prims.iota.default": 1}.get(index.op)
+    if first is None:
+        return False
+    step = 1 if index.op == "aten.arange.start" else index.args[2]
+    return all(isinstance(n, int) and n >= 0 for n in (index.args[first], step))
 
 
 def later_reader(caches: Caches, context: Context) -> Refused | None:
@@ -190,7 +192,7 @@ def later_reader(caches: Caches, context: Context) -> Refused | None:
         while pending:
             for user in pending.pop().users:
                 then = of.get(user)
-                if user in dead or _part_of_write(then, out, rows):
+                if user in dead or _part_of_write(then, out, rows) or _written_back(user, out, of):
                     continue
                 if getattr(user.target, "is_view", False) or user.target is aten.reshape.default:
                     pending.append(user)
@@ -206,6 +208,16 @@ def _part_of_write(then: Any, out: Term, rows: Term | None) -> bool:
     if then is out or then is rows.args[1]:
         return True
     return isinstance(then, Term) and then.op in ("write", "filled") and rows.args[1] in _sources(then)
+
+
+def _written_back(user: fx.Node, out: Term, of: Mapping[fx.Node, Any]) -> bool:
+    """Does the node put the written cache back into the tensor that it is a part of?"""
+    if user.target not in (aten.select_scatter.default, aten.slice_scatter.default):
+        return False
+    source = of.get(user.args[1])  # type: ignore[arg-type]
+    while isinstance(source, Term) and source is not out and source.op == "view":
+        source = source.args[0]
+    return source is out
 
 
 def _sources(write: Term) -> tuple[Any, ...]:

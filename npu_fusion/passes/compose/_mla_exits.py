@@ -7,13 +7,12 @@ values that something else reads, and each is a transpose of what the operator r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from npu_fusion.passes.axes import Layout, layout
+from npu_fusion.passes.axes import Axis, Dim, Layout, coalesced, layout
 from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.pattern import Context
 from npu_fusion.passes.rewrite import Emitter
@@ -83,38 +82,53 @@ def exits(
     at: Layout,
     tokens: Tokens,
     context: Context,
-    is_head: Callable[[Size], bool] | None,
+    heads: Axis | None,
 ) -> list[Exit] | None:
     """All readers of ``value``, which has the layout ``at``; None where one has another order.
 
-    ``is_head``: which steps over the columns count heads; None: the operator's result has no heads.
+    ``heads``: the axis that counts them; None: the operator's result has none.
     """
+    columns = coalesced(at.dims[-1])
+    value, at = unpaired(value, at)
     found = []
     for term in readers(value, context):
         here = layout(term, context.sizes, known={value: at})
-        dims = None if here is None else _order(here, tokens, is_head, context)
+        dims = None if here is None else _order(here.flat(), tokens, heads, columns, context)
         if dims is None:
             return None
         found.append(Exit(term, dims))
     return found
 
 
+def unpaired(value: Term, at: Layout) -> tuple[Term, Layout]:
+    """For a view of rotated pairs [.., Dr/2, 2] these pairs, which other views are of as well."""
+    if value.op != "view" or value.args[0].op != "turned_pairs":
+        return value, at
+    *lead, last = at.dims
+    (columns,) = coalesced(last)
+    pairs = Axis(columns.dim, columns.step * 2, value.shape[-1] // 2), Axis(columns.dim, columns.step, 2)
+    return value.args[0], Layout(at.root, (*lead, *((axis,) for axis in pairs)), at.origin)
+
+
 def _order(
-    at: Layout, tokens: Tokens, is_head: Callable[[Size], bool] | None, context: Context
+    axes: Dim, tokens: Tokens, heads: Axis | None, columns: Dim, context: Context
 ) -> tuple[int, ...] | None:
-    names = tokens.names + ("nc" if is_head else "c")
-    order = ""
-    for axis in at.flat():
+    names = tokens.names + ("c" if heads is None else "nc")
+    order, rest = "", axes
+    while rest:
+        axis, after = rest[0], rest[1:]
         if axis.dim == 0:
             letters = _token_letters(axis.size, axis.step, tokens, context)
             if letters is None:
                 return None
-        elif axis.dim == 1 and is_head is not None and is_head(axis.step):
-            letters = "n"
-        else:
-            letters = "c"
-        if not (letters == "c" and order.endswith("c")):
             order += letters
+        elif axis == heads:
+            order += "n"
+        elif columns and rest[: len(columns)] == columns:
+            order, after = order + "c", rest[len(columns) :]
+        else:
+            return None
+        rest = after
     # What has one entry is nowhere in the layout: it may stand where the operator has it.
     for i, name in enumerate(names):
         if name not in order:

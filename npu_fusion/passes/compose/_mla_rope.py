@@ -19,10 +19,10 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.axes import Layout, layout
+from npu_fusion.passes.axes import Dim
 from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.compose._mla_exits import Tokens
-from npu_fusion.passes.compose._mla_sites import Turn, unbroadcast
+from npu_fusion.passes.compose._mla_sites import Turn, entries
 from npu_fusion.passes.pattern import Context, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Drift, Size, Term, representable
@@ -64,7 +64,8 @@ class Angles:
         return cos, sin
 
     def _shared(self, e: Emitter, term: Term, part: int | None) -> fx.Node:
-        key = (Angles, term, part, self.shape, self.tokens, self.dtype, self.twice)
+        doubled = self.twice and self.whole is None
+        key = (Angles, term, part, self.shape, self.tokens, self.dtype, doubled, self.paired)
         return e.shared(key, lambda: self._node(e, term, part))
 
     def _node(self, e: Emitter, term: Term, part: int | None) -> fx.Node:
@@ -92,7 +93,7 @@ def angles(
     """Cosine and sine for both rotations, in ``dtype``."""
     assert dtype is not None
     ours, theirs = _read(query, context), _read(key, context)
-    if ours is None or ours != theirs or (query.twice, query.mode) != (key.twice, key.mode):
+    if ours != theirs or (query.twice, query.mode) != (key.twice, key.mode):
         return Refused("query and key are rotated by different angles", "", (query.term, key.term))
     shape = _covers(query, tokens, context)
     if shape is None or shape != _covers(key, tokens, context):
@@ -132,17 +133,13 @@ def angles(
     )
 
 
-def _read(turn: Turn, context: Context) -> tuple[object, ...] | None:
+def _read(turn: Turn, context: Context) -> tuple[object, ...]:
     """What of which tensors the rotation reads, whatever its shape."""
     found: list[object] = []
     for term in (turn.cos, turn.sin):
         if term is None:
             continue
-        at = layout(term, context.sizes)
-        if at is None:
-            return None
-        plain: Layout = unbroadcast(at)
-        found.append((at.root, plain.flat(), at.origin))
+        found.append(entries(term, context))
     return tuple(found)
 
 
@@ -156,7 +153,7 @@ def _covers(turn: Turn, tokens: Tokens, context: Context) -> tuple[Size, ...] | 
     if shape[-1:] != (width,) or other != shape or len(shape) > len(turn.x.shape):
         return None
     full = (1,) * (len(turn.x.shape) - len(shape)) + shape
-    present: list[Size] = []
+    present: list[tuple[Size, Dim]] = []
     missing = False
     for size, dim, have in zip(full[:-1], turn.at.dims[:-1], turn.x.shape[:-1], strict=True):
         if have == 1:
@@ -166,7 +163,7 @@ def _covers(turn: Turn, tokens: Tokens, context: Context) -> tuple[Size, ...] | 
                 return None  # another angle for each head
             continue
         if equal(size, have) is Truth.YES:
-            present.append(size)
+            present.append((size, dim))
         elif size == 1:
             missing = True
         else:
@@ -175,9 +172,11 @@ def _covers(turn: Turn, tokens: Tokens, context: Context) -> tuple[Size, ...] | 
         return tokens.shape if _token_order(turn) else None
     if not present:
         return (1,) * len(tokens.shape)
-    if len(tokens.shape) == 2 and len(present) == 1 and equal(present[0], tokens.shape[1]) is Truth.YES:
-        return (1, tokens.shape[1])
-    return None
+    if len(tokens.shape) != 2 or len(present) != 1:
+        return None
+    ((size, dim),) = present
+    positions = all(a.step == 1 for a in dim) and equal(size, tokens.shape[1]) is Truth.YES
+    return (1, tokens.shape[1]) if positions else None
 
 
 def _token_order(turn: Turn) -> bool:

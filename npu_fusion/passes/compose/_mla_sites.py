@@ -73,6 +73,8 @@ class Turn:
     factor: float
     projection: Projection
     drift: tuple[Drift, ...]
+    sorted: bool
+    """The columns are sorted into even and odd ones before the halves are rotated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,7 @@ def _norm(term: Term, context: Context) -> Norm | None:
     found = normalized(term, context)
     if not isinstance(found, Normalized):
         return None
-    at = layout(found.x, context.sizes)
+    at = layout(reshaped(context.view, found.x, term.shape), context.sizes)
     projection = None if at is None else projected(at.root, context)
     if at is None or projection is None:
         return None
@@ -249,9 +251,9 @@ def _turn(term: Term, context: Context) -> Turn | None:
         return None
     if mode == "complex":
         term = reshaped(context.view, term, x.shape)
-    if mode == "half" and _sorted_columns(at):
-        mode = "deinterleave"
-    return Turn(term, x, cos, sin, mode, twice, at, scaled.factor, projection, drift)
+    sorted_first = mode == "half" and _sorted_columns(at)
+    mode = "deinterleave" if sorted_first else mode
+    return Turn(term, x, cos, sin, mode, twice, at, scaled.factor, projection, drift, sorted_first)
 
 
 def _parts(
@@ -301,6 +303,12 @@ def unbroadcast(at: Layout) -> Layout:
     """Without the axes along which the value is repeated."""
     dims = tuple(tuple(a for a in dim if a.dim != BROADCAST) for dim in at.dims)
     return Layout(at.root, dims, at.origin)
+
+
+def entries(term: Term, context: Context) -> tuple[object, ...]:
+    """Which entries of what a value has, in their order; equal for two views that differ in shape only."""
+    at = layout(term, context.sizes)
+    return (term,) if at is None else (at.root, unbroadcast(at).flat(), at.origin)
 
 
 def quantized_norm(y: Term, context: Context) -> tuple[Quantized, Term] | None:

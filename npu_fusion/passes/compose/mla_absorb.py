@@ -18,6 +18,11 @@ dropout; one latent and one rotary key for all heads; as many heads in the query
 takes its scale from the size of the head unless told; with a cache of expanded keys and values there is
 nothing to absorb, since the latent is gone.
 
+Attention may be in float32 where the expansion is in 16 bits: the source widens what was expanded, as
+Inductor's graphs of a bfloat16 model do. Scores, weights and sums stay in the source's dtypes: %q and %k are
+widened. The products with W_UK and W_UV are in the dtype of the weight, as the expansion was, so %l is
+rounded to that. A query of genuine float32 numbers is not rounded: its product with W_UK is in float32.
+
 Always ``relaxed``: the products are summed in another order, and in 16 bits rounded at other places.
 
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
@@ -48,7 +53,7 @@ from npu_fusion.passes.compose._latent import (
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Drift, Size, Term, sizes_of
-from npu_fusion.passes.walk import unexpanded
+from npu_fusion.passes.walk import buildable, dtype_name, narrow, unexpanded
 
 aten = torch.ops.aten
 
@@ -99,7 +104,9 @@ def _cached(found: Attention, context: Context) -> Refused | None:
 
 def _absorbed(found: Attention, at: Expansion, context: Context) -> Match | Refused | None:
     sizes, result = context.sizes, found.result
-    rotary = None if at.rotary is None else unexpanded(at.rotary)
+    dtype = at.product.dtype
+    assert dtype is not None
+    rotary = None if at.rotary is None else unexpanded(narrow(at.rotary, dtype) or at.rotary)
     if rotary is not None and not sizes.same_shape(rotary.shape[:-1], (at.batch, 1, at.rows)):
         shown = f"it is {list(rotary.shape)}"
         return Refused("the rotary key is not one for all heads", shown, (result,))
@@ -120,22 +127,26 @@ def _absorbed(found: Attention, at: Expansion, context: Context) -> Match | Refu
         q = _per_head(e, plain, weight.part(e, at.nope))
         read = [e.view(e.term(latent), (at.batch, 1, at.rows, at.rank))]
         if rotary is not None:
-            q = e.call(aten.cat.default, [q, turning], -1)
             read.append(e.term(rotary))
+        q = e.cast(q if turning is None else _side_by_side(e, [q, turning]), found.query.dtype)
         if found.scale != 1:
             q = e.call(aten.mul.Tensor, q, found.scale)
         if sizes.equal(at.length, at.rows) is not Truth.YES:
             read = [e.call(aten.slice.Tensor, x, 2, 0, *e.sizes((at.length,))) for x in read]
-        k = read[0] if rotary is None else e.call(aten.cat.default, read, -1)
+        k = e.cast(read[0] if rotary is None else _side_by_side(e, read), found.key.dtype)
         over = found.rebuild(e, q, k, at.rank, query.width**-0.5)
         up = e.call(aten.permute.default, weight.part(e, at.value), [0, 2, 1])
-        return [_per_head(e, over, up)]
+        return [e.cast(_per_head(e, e.cast(over, dtype), up), result.dtype)]
 
+    drift = [Drift(Numerics.RELAXED, _WHAT)]
+    if result.dtype != dtype:
+        what = f"the attended latent is rounded to {dtype_name(dtype)}, the dtype of W_UV"
+        drift.append(Drift(Numerics.RELAXED, what))
     return Match(
         [*query.inputs, latent, rotary, *weight.inputs, *found.others],
         [[result]],
         build,
-        [Drift(Numerics.RELAXED, _WHAT)],
+        drift,
         [_pays(query.length, at, sizes)],
     )
 
@@ -197,10 +208,21 @@ def _query(found: Attention, at: Expansion, sizes: Sizes) -> Query | None:
         read = layout(given, sizes)
         pieces = _pieces(read.root, shape, split, sizes) if read is not None else ()
         if read is not None and pieces and same_axes(read.flat(), whole_axes(shape), sizes):
+            plain = narrow(pieces[0], at.product.dtype)
+            if plain is not None and buildable(plain):
+                pieces = (plain, pieces[1])
             return Query(given, shape, pieces, split, turned)
     have = (math.prod(rows), *given.shape[-2:])
     want = (at.batch * at.heads, length, width)
-    return Query(given, shape, (), split, turned) if sizes.same_shape(have, want) else None
+    return Query(_unwidened(given, sizes), shape, (), split, turned) if sizes.same_shape(have, want) else None
+
+
+def _unwidened(given: Term, sizes: Sizes) -> Term:
+    """The 16-bit tensor that a value holds all entries of in memory order, widened; else the value itself."""
+    read = layout(given, sizes)
+    if read is None or read.root.dtype == given.dtype or not buildable(read.root):
+        return given
+    return read.root if same_axes(read.flat(), whole_axes(read.root.shape), sizes) else given
 
 
 def _pieces(root: Term, shape: tuple[Size, ...], split: int, sizes: Sizes) -> tuple[Term, ...]:
@@ -261,8 +283,16 @@ def _is_constant(term: Term) -> bool:
     return term.op == "input" and term.args[0].op in ("placeholder", "get_attr")
 
 
+def _side_by_side(e: Emitter, parts: list[fx.Node]) -> fx.Node:
+    """One tensor of two that differ in the last dimension, and in dtype where only one of them is float32."""
+    wide = torch.promote_types(*(p.meta["val"].dtype for p in parts))
+    return e.call(aten.cat.default, [e.cast(p, wide) for p in parts], -1)
+
+
 def _per_head(e: Emitter, x: fx.Node, weight: fx.Node) -> fx.Node:
-    """[B, N, S, a] times [N, a, b] for each head: [B, N, S, b]."""
+    """[B, N, S, a] times [N, a, b] for each head, in the wider of their dtypes: [B, N, S, b]."""
+    wide = torch.promote_types(x.meta["val"].dtype, weight.meta["val"].dtype)
+    x, weight = e.cast(x, wide), e.cast(weight, wide)
     batch, heads, length, _ = _shape(x)
     rows = e.view(e.call(aten.permute.default, x, [1, 0, 2, 3]), (heads, batch * length, _shape(x)[3]))
     product = e.call(aten.bmm.default, rows, weight)

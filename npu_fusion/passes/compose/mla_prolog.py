@@ -11,8 +11,8 @@
     write(%kr_cache, rotate(%kv[.., Hckv:]), slots)
 
 Also read: the down projections as one product; weights [out, in] or [in, out]; every RMSNorm of
-:mod:`..lift.rms_norm`; a product with W_UK by bmm, matmul, einsum, ``npu_transpose_batchmatmul``; W_UK a slice
-of kv_b_proj's weight; every rotation of :mod:`..lift.rotary_mul` and complex numbers; writes by
+:mod:`..lift.rms_norm`; a product with W_UK by bmm, matmul, einsum, ``npu_transpose_batchmatmul``; W_UK as a
+slice of kv_b_proj's weight; every rotation of :mod:`..lift.rotary_mul` and complex numbers; writes by
 :mod:`..canonicalize.cache_writes`. The normed query may have other readers (``query_norm``); numbers that
 scale the query and the latent (LongCat) are ``qc_qr_scale`` and ``kc_scale``. int8 tokens with dequantized
 products and a dynamically quantized query are ``weight_quant_mode`` 2; only the query quantized is 1.
@@ -41,10 +41,11 @@ import torch
 from torch import fx
 
 from npu_fusion.config import Numerics
-from npu_fusion.passes.axes import BROADCAST, Axis, Layout, coalesced, layout
+from npu_fusion.passes.axes import BROADCAST, Axis, Layout, coalesced, layout, viewed
 from npu_fusion.passes.checks import Truth, row_major
 from npu_fusion.passes.compose._mla_cache import Caches, caches, later_reader
-from npu_fusion.passes.compose._mla_exits import Exit, Tokens, exits
+from npu_fusion.passes.compose._mla_exits import Exit, Tokens, exits, unpaired
+from npu_fusion.passes.compose._mla_pairs import other_rotation
 from npu_fusion.passes.compose._mla_rope import Angles, angles
 from npu_fusion.passes.compose._mla_sites import (
     HeadProduct,
@@ -53,6 +54,7 @@ from npu_fusion.passes.compose._mla_sites import (
     Sites,
     Turn,
     bare,
+    entries,
     is_constant,
     quantized_norm,
     same_rows,
@@ -103,6 +105,10 @@ class Query:
     @property
     def scale(self) -> float:
         return self.turn.factor
+
+
+def _pairs(context: Context) -> bool:
+    return context.config.cache_layout == "npu"
 
 
 def _is_latent(norm: Norm, found: Sites) -> bool:
@@ -186,7 +192,8 @@ def _prolog(norm: Norm, turn: Turn, found: Sites, context: Context) -> Match | R
         return key
     return (
         _columns(query, key, tokens, context)
-        or _rotations(query, key, context)
+        or other_rotation(query.turn, pairs=_pairs(context))
+        or other_rotation(key.turn, pairs=_pairs(context))
         or _types(query, key, context)
         or _weights(query, key, context)
         or later_reader(key.caches, context)
@@ -225,7 +232,8 @@ def _rows_of_tokens(
     write: Term, at: Layout, source: Term, tokens: Tokens, context: Context
 ) -> Refused | None:
     rows = write.args[1] if write.op == "write" else write.args[1][0]
-    here = layout(rows, context.sizes, known={source: at}, through=_inner)
+    known = dict([unpaired(source, at)])
+    here = layout(rows, context.sizes, known=known, through=_inner)
     flat = () if here is None else here.flat()
     columns = coalesced(at.dims[-1])
     whole = here is not None and here.root is at.root and here.origin == at.origin
@@ -429,33 +437,12 @@ def _is_weight_uk(product: HeadProduct, heads: int) -> bool:
     return aligned and counted == ([heads] if heads > 1 else []) and w_uk.shape[0] == heads
 
 
-def _rotations(query: Query, key: Key, context: Context) -> Refused | None:
-    for turn in (query.turn, key.turn):
-        if turn.mode == "half":
-            return Refused(
-                "halves are rotated, the operator rotates adjacent pairs",
-                "npu_fusion.prepare(model) permutes the weights for it",
-                (turn.term,),
-            )
-        if turn.mode in ("interleave", "complex") and context.config.cache_layout != "npu":
-            return Refused(
-                "rotated pairs are stored side by side, the operator stores halves",
-                "cache_layout='npu' allows another order in the cache",
-                (turn.term,),
-            )
-        last = turn.at.dims[-1]
-        sorted_already = turn.mode == "deinterleave" and len(last) == 2
-        if not sorted_already and (len(last) != 1 or last[0].step != 1):
-            return Refused("the rotated columns are in another order", "", (turn.term,))
-    return None
-
-
 def _types(query: Query, key: Key, context: Context) -> Refused | None:
     dtype = key.caches.kv.dtype
     mode = _quant_mode(query, key)
     if mode is None:
         return Refused("only some of the projections are quantized", "", (key.norm.term,))
-    if mode and not _own_scales(query, key, mode):
+    if mode and not _own_scales(query, key, mode, context):
         return Refused("a quantized projection is scaled by another token's scale", "", (key.norm.term,))
     given = {
         "the caches": (key.caches.kv, key.caches.kr),
@@ -483,16 +470,16 @@ def _types(query: Query, key: Key, context: Context) -> Refused | None:
     return None
 
 
-def _own_scales(query: Query, key: Key, mode: int) -> bool:
+def _own_scales(query: Query, key: Key, mode: int, context: Context) -> bool:
     """Is each product multiplied by the scale of what it is a product of?"""
 
-    def token(projection: Projection) -> list[Term]:
+    def token(projection: Projection) -> list[tuple[object, ...]]:
         assert projection.scales is not None
-        return [bare(t) for t in projection.scales.per_token]
+        return [entries(t, context) for t in projection.scales.per_token]
 
     assert query.quantized is not None
     ours = token(query.up)
-    if len(ours) != 1 or ours[0] not in [bare(t) for t in query.quantized.scales]:
+    if len(ours) != 1 or ours[0] not in [entries(t, context) for t in query.quantized.scales]:
         return False
     return mode != 2 or (token(key.projection) == token(query.norm.projection) != [])
 
@@ -525,12 +512,10 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
     if isinstance(rope, Refused):
         return rope
 
-    def is_head(step: Size) -> bool:
-        return step == width
-
+    heads = Axis(1, width, _heads(product, width))
     turned = stored(turn.term, context)
-    found_query = exits(product.term, product.at, tokens, context, is_head)
-    found_rope = exits(turned, _as_turned(turn), tokens, context, is_head)
+    found_query = exits(product.term, product.at, tokens, context, heads)
+    found_rope = exits(turned, _as_turned(turn), tokens, context, heads)
     if found_query is None or found_rope is None:
         return Refused(
             "the query's dimensions stand in an order that no transpose gives", "", (product.term,)
@@ -543,6 +528,10 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
     normed = _normed(query, mode, tokens, context)
     if normed is None:
         return Refused("the normed query is read in another order", "", (query.norm.term,))
+    if normed and query.scale != 1.0:
+        return Refused(
+            "the normed query is read elsewhere, unscaled", f"by {query.scale}", (query.norm.term,)
+        )
     operator = _operator(context)
     if operator != V3 and (normed or mode or query.scale != 1.0 or key.scale != 1.0):
         shown = f"query_norm, a scale or quantization; {operator} has none"
@@ -595,12 +584,14 @@ def _as_turned(turn: Turn) -> Layout:
 
 def _normed(query: Query, mode: int, tokens: Tokens, context: Context) -> list[Exit] | None:
     """Readers of the normed query other than its up projection."""
+    at: Layout | None
     if mode == 0:
         value, at = stored(query.norm.term, context), query.norm.at
     else:
         assert query.quantized is not None
-        value, at = query.quantized.y, query.norm.at
-    found = exits(value, at, tokens, context, None)
+        value = query.quantized.y
+        at = viewed(query.norm.at, value.shape, context.sizes)
+    found = None if at is None else exits(value, at, tokens, context, None)
     if found is None:
         return None
     ours = set(query.up.root.nodes)
