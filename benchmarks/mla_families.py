@@ -9,7 +9,7 @@
 Each model is small and random, with one layer of this attention (two where a layer has two). The prompt goes
 through it in eager mode into a ``StaticCache``; then tokens are decoded one by one, in eager mode and
 compiled with ``numerics="relaxed"`` on copies of the same cache. The script fails where they differ. The
-column "prepared" is the same after ``npu_fusion.prepare(model)`` and with ``cache_layout="npu"``.
+column "prepared" is the same after ``npu_fusion.prepare(model)``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Row:
     same: bool
     """Are the tokens those of eager mode?"""
     prepared: int | None = None
-    """Prologs fused in the prepared model, with ``cache_layout="npu"``."""
+    """Prologs fused in the prepared model."""
 
 
 def make(name: str) -> Any:
@@ -197,7 +197,7 @@ def decoded(step: Any, token: Tensor, cache: Any) -> Tensor:
 
 
 def measure(name: str, *, prepared: bool = False) -> Row:
-    """Decode with and without the passes; ``prepared``: after ``prepare``, with ``cache_layout="npu"``."""
+    """Decode with and without the passes; ``prepared``: after ``prepare``."""
     model = make(name)
     if prepared:
         npu_fusion.prepare(model)
@@ -205,7 +205,7 @@ def measure(name: str, *, prepared: bool = False) -> Row:
     prompt = torch.randint(2, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     cache = transformers.StaticCache(config=text, max_cache_len=PROMPT + DECODED)
     torch._dynamo.reset()
-    config = {"strict": True, "numerics": "relaxed", "cache_layout": "npu" if prepared else "model"}
+    config = {"strict": True, "numerics": "relaxed"}
     backend = npu_fusion.get_npu_backend(fusion_config=config, host="eager")
     with torch.no_grad():
         token = model(input_ids=prompt, past_key_values=cache).logits[:, -1:].argmax(-1)

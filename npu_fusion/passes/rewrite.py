@@ -192,6 +192,9 @@ class Rewriter:
         if self.late is None or before > self.late:
             self.late = before
 
+    def added_nodes(self) -> list[fx.Node]:
+        return list(self._added)
+
     def added(self, node: fx.Node) -> None:
         self._added.append(node)
 

@@ -50,8 +50,15 @@ def _verify(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     given: dict[fx.Node, Any] = {}
-    for node in region.inputs:
-        value = _random_like(node.meta["val"], generator)
+    added = set(emitter.rewriter.added_nodes())
+    read = (n for new in emitter.nodes for n in new.all_input_nodes if n not in added)
+    for node in sorted({*region.inputs, *read}):
+        if node in given:
+            continue
+        base = _base(node)
+        if base not in given:
+            given[base] = _random_like(base.meta["val"], generator, _is_scale(node.meta["val"]))
+        value = given[base] if base is node else _evaluate([node], given)[node]
         held = emitter.rewriter.view.of.get(node)
         # the replacement may read another node that holds the same value
         given.update(dict.fromkeys(held.nodes if isinstance(held, Term) else [], value) | {node: value})
@@ -66,7 +73,29 @@ def _verify(
             )
 
 
-def _random_like(value: Any, generator: torch.Generator) -> Any:
+def _base(node: fx.Node) -> fx.Node:
+    """What an input is a view of: two views of one tensor must agree."""
+    while node.op == "call_function" and (getattr(node.target, "is_view", False) or node.target in _VIEWS):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+aten = torch.ops.aten
+_VIEWS = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.clone.default})
+
+
+def _is_scale(value: Any) -> bool:
+    """By its shape: one row, or one column."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    shape = [_compat.hint(s) for s in value.shape]
+    return len(shape) < 2 or shape[-1] == 1 or all(s == 1 for s in shape[:-1])
+
+
+def _random_like(value: Any, generator: torch.Generator, is_scale: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return _compat.hint(value)
     shape = [_compat.hint(s) for s in value.shape]
@@ -78,8 +107,7 @@ def _random_like(value: Any, generator: torch.Generator) -> Any:
         return torch.randn(shape, dtype=value.dtype, generator=generator)
     if not value.dtype.is_floating_point:
         return torch.randint(-20_000, 20_001, shape, generator=generator).to(value.dtype)
-    scale_like = len(shape) < 2 or shape[-1] == 1 or all(s == 1 for s in shape[:-1])
-    if scale_like:  # scales are small and positive; anything else would saturate or divide by zero
+    if is_scale:  # scales are small and positive; anything else would saturate or divide by zero
         return (torch.rand(shape, generator=generator) * 0.02 + 1e-3).to(value.dtype)
     return torch.randn(shape, generator=generator).to(value.dtype)
 

@@ -135,7 +135,9 @@ def _npu_bmm(q: Tensor, w: Tensor) -> Tensor:
 UKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda q, w: torch.einsum("bsnd,ndc->bsnc", q, w),
     "matmul": lambda q, w: torch.matmul(q.transpose(1, 2), w).transpose(1, 2),
-    "bmm": lambda q, w: torch.bmm(q.flatten(0, 1).transpose(0, 1), w).transpose(0, 1).unflatten(0, q.shape[:2]),
+    "bmm": lambda q, w: (
+        torch.bmm(q.flatten(0, 1).transpose(0, 1), w).transpose(0, 1).unflatten(0, q.shape[:2])
+    ),
     "npu": _npu_bmm,
 }
 """q [B, S, N, D], w [N, D, Hckv] to [B, S, N, Hckv]."""
