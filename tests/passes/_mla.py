@@ -28,7 +28,7 @@ class Dims:
     page: int = 16
 
     @property
-    def T(self) -> int:  # noqa: N802 - the field's name
+    def T(self) -> int:
         return self.B * self.S
 
 
@@ -110,7 +110,7 @@ def _pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    B, S, N, D = x.shape
+    B, S, _, D = x.shape
     turned = npu.npu_interleave_rope(x.transpose(1, 2), cos.view(B, 1, S, D), sin.view(B, 1, S, D))
     return turned.transpose(1, 2)
 

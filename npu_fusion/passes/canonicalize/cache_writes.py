@@ -14,7 +14,7 @@
     npu_scatter_pa_kv_cache(_functional)                                      ->  the same, twice
 
 ``write(cache, rows, where, how, dim, wraps)``, one index for each row; ``wraps``: a negative index counts
-from the end, as ``index_put`` has it. The torch_npu operators skip such a row. The cache may have more batches
+from the end, as ``index_put`` has it. The torch_npu operators skip such a row. A cache may have more batches
 than the rows: the first are written. npu_kv_rmsnorm_rope_cache also stands for the norm and the rotation that
 it computes.
 

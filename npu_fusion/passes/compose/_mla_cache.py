@@ -179,8 +179,11 @@ def _from_zero(index: Term) -> bool:
     return all(isinstance(n, int) and n >= 0 for n in (index.args[first], step))
 
 
-def later_reader(caches: Caches, context: Context) -> Refused | None:
-    """Something that reads an old cache after the new rows are written, other than the write itself."""
+def later_reader(caches: Caches, context: Context, *, overwritten: bool = False) -> Refused | None:
+    """Something that reads an old cache after the new rows are written, other than the write itself.
+
+    ``overwritten``: the operator writes into the old cache, so that nobody else may read it at all.
+    """
     of, dead = context.view.of, context.rewriter.dead
     for cache, out in ((caches.kv, caches.kv_out), (caches.kr, caches.kr_out)):
         written = min(out.nodes)
@@ -196,7 +199,7 @@ def later_reader(caches: Caches, context: Context) -> Refused | None:
                     continue
                 if getattr(user.target, "is_view", False) or user.target is aten.reshape.default:
                     pending.append(user)
-                elif user > written and user.target is not aten.copy_.default:
+                elif (overwritten or user > written) and user.target is not aten.copy_.default:
                     return Refused("the old cache is read after the write", f"by {user.name}", (out,))
     return None
 

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 HEADS, LAST = 1, 2
 """Dimensions of the root that the axes of a head product run over: its columns, and those of the product."""
 
-_FLOATS = (torch.float32, *LOW_PRECISION)
+FLOATS = (torch.float32, *LOW_PRECISION)
 _ROPE, _ROTARY = "npu.npu_interleave_rope.default", "npu.npu_rotary_mul.default"
 
 
@@ -161,7 +161,7 @@ def same_rows(term: Term, context: Context) -> Term:
 
 
 def _rounds(term: Term) -> bool:
-    return term.op == "cast" and term.dtype in _FLOATS and term.args[0].dtype in _FLOATS
+    return term.op == "cast" and term.dtype in FLOATS and term.args[0].dtype in FLOATS
 
 
 def _norm(term: Term, context: Context) -> Norm | None:
@@ -190,7 +190,7 @@ def _projected(root: Term, context: Context) -> Projection | None:
     bias = _biased(root, context)
     if bias is not None:
         return bias
-    if root.dtype not in _FLOATS or root.op not in ("mul", "cast"):
+    if root.dtype not in FLOATS or root.op not in ("mul", "cast"):
         return None
     wide = context.view.cast(root, torch.float32)
     found = dequantized(wide, walk, context)

@@ -39,10 +39,10 @@ from npu_fusion.passes.axes import coalesced, layout, whole
 from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.compose._mla_cache import Caches, later_reader
 from npu_fusion.passes.compose._mla_exits import Exit, Tokens, exits
+from npu_fusion.passes.compose._mla_key import Key, key_side, keyed
 from npu_fusion.passes.compose._mla_pairs import other_rotation
 from npu_fusion.passes.compose._mla_rope import Angles, angles
 from npu_fusion.passes.compose._mla_sites import Norm, bare, sites
-from npu_fusion.passes.compose.mla_prolog import Key, key_side, keyed
 from npu_fusion.passes.lift.rms_norm import vector
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
