@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -298,11 +298,10 @@ class Region:
         # insertions behind their users wait for the final sort.
         late, start = context.rewriter.late, min(inside)
         first = min(outputs) if late is None else start if not start < late else None
-        for node in used:
-            if (first is None or node > first) and _depends_on(node, inside, first):
-                return Refused(
-                    "an input depends on an output", f"{node.name} is computed from what is replaced"
-                )
+        late_input = _depending(used, inside, first)
+        if late_input is not None:
+            shown = f"{late_input.name} is computed from what is replaced"
+            return Refused("an input depends on an output", shown)
         for node in inside:
             if node in ends:
                 continue
@@ -327,17 +326,20 @@ class Region:
         return context.hazards.between(self, max(self.nodes))
 
 
-def _depends_on(node: fx.Node, region: Container[fx.Node], first: fx.Node | None) -> bool:
-    """Is ``node`` computed from a node of the region? Only nodes after ``first`` (if given) can be."""
-    pending, seen = [node], {node}
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source in region:
-                return True
-            if source not in seen and (first is None or source > first):
-                seen.add(source)
-                pending.append(source)
-    return False
+def _depending(nodes: Iterable[fx.Node], region: Container[fx.Node], first: fx.Node | None) -> fx.Node | None:
+    """One of ``nodes`` that is computed from a node of the region. Only nodes after ``first`` (if given) can
+    be."""
+    seen: set[fx.Node] = set()
+    for node in nodes:
+        pending = [node] if first is None or node > first else []
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source in region:
+                    return node
+                if source not in seen and (first is None or source > first):
+                    seen.add(source)
+                    pending.append(source)
+    return None
 
 
 def held_by(term: Term) -> list[fx.Node]:

@@ -182,6 +182,7 @@ def _run_stage(stage: str, anchors: dict[str, list[Term]], context: Context) -> 
     for fusion in sorted(FUSIONS.values(), key=lambda f: f.priority):
         if fusion.stage == stage and context.config.enabled(fusion.name):
             _run_fusion(fusion, anchors, context)
+            context.rewriter.sort()  # or every later region would be searched for what depends on it
 
 
 def _anchors(view: TermGraph) -> dict[str, list[Term]]:

@@ -103,9 +103,7 @@ class Rewriter:
 
     def look_again(self) -> TermGraph:
         """The canonical view of the graph as rewritten so far; what was made may be matched and replaced."""
-        if self.needs_sort:
-            order(self.graph)
-            self.needs_sort, self.late = False, None
+        self.sort()
         gone: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             if (node.users or node in self.dead) and all(u in gone for u in node.users):
@@ -113,6 +111,12 @@ class Rewriter:
         self.view = TermGraph(self.graph, gone)
         self.made.clear()
         return self.view
+
+    def sort(self) -> None:
+        """Put what was inserted behind its users in front of them."""
+        if self.needs_sort:
+            order(self.graph)
+            self.needs_sort, self.late = False, None
 
     def mark(self) -> tuple[int, int, int]:
         return len(self._journal), len(self._added), len(self.dead)
@@ -134,8 +138,7 @@ class Rewriter:
 
     def commit(self) -> None:
         """Order the graph, drop what is no longer used, and check the result."""
-        if self.needs_sort:
-            order(self.graph)
+        self.sort()
         self.graph.lint()  # while everything can still be taken back
         for node in sorted([*self.dead, *self._added], reverse=True):
             self._erase_unused(node)
