@@ -19,11 +19,13 @@ strict mode.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import fx
@@ -82,11 +84,25 @@ def run(
             Refusal("all", "the graph is traced for training", "run the model under torch.no_grad()")
         )
     else:
-        _run_stages(graph, config, report, decomposed, keep_stages)
+        with _no_collection():
+            _run_stages(graph, config, report, decomposed, keep_stages)
     report.operators_after = (
         operators(graph) if report.fusions and not config.dry_run else report.operators_before
     )
     return report
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which would walk the heap of the whole process for objects that are in
+    use until the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _run_stages(

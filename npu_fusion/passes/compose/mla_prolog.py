@@ -73,9 +73,11 @@ def _pairs(context: Context) -> bool:
 
 
 def _is_latent(norm: Norm, found: Sites) -> bool:
-    """Is the norm of the first columns of a wider product, and its result written to a cache?"""
-    part = norm.projection.root.shape[-1] != width_of(norm.at)
-    return part and norm.at.origin[1] == 0 and bool(found.whole_writes(norm.term))
+    """Is the norm of the first columns of a wider product, stored or beside a norm of the rest?"""
+    heads = any(a.dim == 1 for dim in norm.at.dims[:-1] for a in dim)
+    part = norm.projection.root.shape[-1] != width_of(norm.at) and norm.at.origin[1] == 0 and not heads
+    beside = any(n is not norm and n.projection.root is norm.projection.root for n in found.norms)
+    return part and (beside or bool(found.whole_writes(norm.term)))
 
 
 class MlaProlog(Fusion):
@@ -92,9 +94,7 @@ class MlaProlog(Fusion):
             if turn is not None:
                 return _prolog(norm, turn, found, context)
             if _is_latent(norm, found):
-                reason = (
-                    "the columns beside the latent are not rotated, or something else is done to them first"
-                )
+                reason = "the columns beside the latent are not rotated, or not as they are"
                 return Refused(reason, "", (norm.term,))
         return None
 
