@@ -25,7 +25,7 @@ def other_rotation(turn: Turn, *, pairs: bool = False) -> Refused | None:
     if turn.mode in _SIDE_BY_SIDE and not pairs:
         return Refused(
             "rotated pairs are stored side by side, the operator stores halves",
-            "cache_layout='npu' allows another order in the cache",
+            "mla_prolog with cache_layout='npu' may use another order in the cache",
             (turn.term,),
         )
     last = turn.at.dims[-1]

@@ -76,7 +76,11 @@ def _is_latent(norm: Norm, found: Sites) -> bool:
     """Is the norm of the first columns of a wider product, stored or beside a norm of the rest?"""
     heads = any(a.dim == 1 for dim in norm.at.dims[:-1] for a in dim)
     part = norm.projection.root.shape[-1] != width_of(norm.at) and norm.at.origin[1] == 0 and not heads
-    beside = any(n is not norm and n.projection.root is norm.projection.root for n in found.norms)
+    total, end = norm.projection.root.shape[-1], width_of(norm.at)
+    beside = any(
+        n.projection.root is norm.projection.root and (n.at.origin[1], width_of(n.at)) == (end, total - end)
+        for n in found.norms
+    )
     return part and (beside or bool(found.whole_writes(norm.term)))
 
 
