@@ -34,7 +34,9 @@ def separately(fn: Callable[..., Any]) -> Callable[..., Any]:
     they do not hide what the compiled graph does or does not write."""
 
     def run(*args: Tensor) -> Any:
-        return fn(*(args if torch.compiler.is_compiling() else [a.clone() for a in args]))
+        if not torch.compiler.is_compiling():
+            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        return fn(*args)
 
     return run
 
