@@ -21,17 +21,24 @@ def test_every_fusion_has_a_case() -> None:
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
 def test_fused_is_as_close_to_the_exact_value_as_eager(fusion: str) -> None:
     rows = numerics.measure_all([fusion], SIZES)
-    assert [r.source for r in rows if r.output == "y"] == [
+    assert [*dict.fromkeys(r.source for r in rows)] == [
         numerics.SHORT[d] for d in numerics.CASES[fusion].dtypes
     ]
     for row in rows:
-        factor = 3 if row.level == "relaxed" else 1.1
+        # behind two matmuls the largest error is that of one unlucky element, on either side
+        factor = 3 if row.level == "relaxed" else 1.5 if fusion == "mla_prolog" else 1.1
         assert _largest(row.fused) <= _largest(row.eager) * factor + 1e-6, row
+        if "rms" in row.fused and row.level != "relaxed":
+            assert _rms(row.fused) <= _rms(row.eager) * 1.05 + 1e-6, row
         assert row.level != "strict" or row.same == 1, row
 
 
 def _largest(error: str) -> float:
     return float(error.partition("max ")[2].partition(",")[0])
+
+
+def _rms(error: str) -> float:
+    return float(error.partition("rms ")[2])
 
 
 def test_a_fusion_that_is_not_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
