@@ -202,6 +202,8 @@ def _inside_piece(of: Layout, sizes: Sizes) -> Layout:
     last = first + sum(a.step * (a.size - 1) for a in axes)
     start: Size = 0
     for piece in pieces:
+        if len(piece.shape) != len(of.origin):
+            continue  # an empty tensor of one dimension, which cat takes with any others
         end = start + piece.shape[dim]
         if sizes.decide(start <= first) is Truth.YES and sizes.decide(last < end) is Truth.YES:
             origin = (*of.origin[:dim], first - start, *of.origin[dim + 1 :])

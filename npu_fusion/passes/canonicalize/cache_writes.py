@@ -39,6 +39,10 @@ higher_order = torch.ops.higher_order
 
 PURE.update({aten.arange.default, aten.arange.start, aten.arange.start_step, torch.ops.prims.iota.default})
 
+# Named before the first rule: with TORCH_LOGS=npu_fusion PyTorch imports this module once before there are
+# operators, and again later; rules made at the first attempt would be there twice.
+_SCATTER_ND = npu.npu_scatter_nd_update.default
+
 SLOTS = ("PA", "PA_BNSD", "PA_NZ")
 """Modes of npu_kv_rmsnorm_rope_cache in which the index has a slot for every row."""
 
@@ -87,7 +91,7 @@ def _index_copy(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     return written(view, cache, rows, index, "rows", dim % len(cache.shape))
 
 
-@rule(npu.npu_scatter_nd_update.default)
+@rule(_SCATTER_ND)
 def _scatter_nd_update(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     cache, indices, rows = args
     if len(indices.shape) != 2 or indices.shape[-1] != 1:
