@@ -114,3 +114,18 @@ def test_sizes_that_no_node_holds_do_not_break_a_constant() -> None:
     args = [r(4, 8), r(4, 8) + 1, r(4, 8) - 1, r(4, 8) * 2, r(8)]
     outcome = fuse(fn, args, dynamic=True)
     assert torch.equal(outcome.result, outcome.expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("factor", [2.0, 0.375])
+def test_a_norm_whose_only_reader_does_more_than_round(factor: float, dialect: str) -> None:
+    """The reader was taken for the rounding of the norm, and its division was lost."""
+
+    def norm_over_number(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        wide = (x + residual).float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return gamma * normed.to(x.dtype) / factor
+
+    given = [torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)]
+    outcome = fuse(norm_over_number, [*given, torch.ones(96).bfloat16()], dialect=dialect)
+    torch.testing.assert_close(outcome.result, outcome.expected, rtol=2e-2, atol=2e-2)
