@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from npu_fusion.passes.checks import Sizes, Truth
-from npu_fusion.passes.terms import LOW_PRECISION, Size, Term
+from npu_fusion.passes.terms import LOW_PRECISION, Size, Term, same_size
 
 BROADCAST = -1
 """The ``dim`` of an axis along which the value is repeated."""
@@ -64,7 +64,7 @@ def coalesced(axes: Iterable[Axis]) -> Dim:
     for axis in axes:
         if axis.size == 1:
             continue
-        if merged and merged[-1].dim == axis.dim and _same(merged[-1].step, axis.step * axis.size):
+        if merged and merged[-1].dim == axis.dim and same_size(merged[-1].step, axis.step * axis.size):
             axis = Axis(axis.dim, axis.step, merged.pop().size * axis.size)
         merged.append(axis)
     return tuple(merged)
@@ -242,7 +242,3 @@ def _composed(of: Layout, inner: Layout) -> Layout | None:
                 return None
         dims.append(tuple(replaced))
     return Layout(inner.root, tuple(dims), tuple(origin))
-
-
-def _same(a: Size, b: Size) -> bool:
-    return a == b or (not (isinstance(a, int) and isinstance(b, int)) and sympy.expand(a - b) == 0)

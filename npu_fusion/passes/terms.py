@@ -98,6 +98,11 @@ def size_of(value: int | torch.SymInt) -> Size:
     return value
 
 
+def same_size(a: Size, b: Size) -> bool:
+    """Are two sizes the same by how they are written, whatever the symbols are?"""
+    return a == b or sympy.expand(a - b) == 0
+
+
 def sizes_of(shape: Iterable[int | torch.SymInt]) -> tuple[Size, ...]:
     sizes = tuple(shape)
     for size in sizes:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from npu_fusion.passes.canonicalize.cache_writes import into_part, written
-from npu_fusion.passes.terms import Size, Term, TermGraph, rule, size_of, sizes_of
+from npu_fusion.passes.terms import Term, TermGraph, rule, same_size, size_of, sizes_of
 
 aten = torch.ops.aten
 
@@ -54,15 +53,11 @@ def _slice_scatter(view: TermGraph, node: fx.Node, args: list[Any]) -> Any:
     if base.op == "filled" and base.args[2] == dim:
         base, pieces, _ = base.args
     begun = sum((p.shape[dim] for p in pieces), start=0)
-    if not _equal(start, begun):
+    if not same_size(start, begun):
         return NotImplemented if pieces else written(view, base, piece, start, "range", dim)
     pieces = (*pieces, piece)
     target = node.args[1]
     assert isinstance(target, fx.Node)
-    if _equal(begun + size_of(target.meta["val"].shape[dim]), size_of(node.meta["val"].shape[dim])):
+    if same_size(begun + size_of(target.meta["val"].shape[dim]), size_of(node.meta["val"].shape[dim])):
         return piece if len(pieces) == 1 else view.make("cat", (pieces, dim), piece.dtype)
     return view.make("filled", (base, pieces, dim), piece.dtype)
-
-
-def _equal(a: Size, b: Size) -> bool:
-    return a == b or sympy.expand(a - b) == 0

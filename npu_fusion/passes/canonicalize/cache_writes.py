@@ -111,6 +111,11 @@ def into_part(view: TermGraph, cache: Term, rows: Term, dim: int) -> Term | None
     return written(view, cache, *found.args[1:])
 
 
+def rows_of(write: Term) -> Term:
+    """What a ``write``, or a ``filled`` beginning of a cache, puts there (first)."""
+    return write.args[1] if write.op == "write" else write.args[1][0]
+
+
 def as_write(view: TermGraph, term: Term) -> Term | None:
     """A write of rows into a cache, also at its beginning."""
     if term.op == "filled" and len(term.args[1]) == 1:

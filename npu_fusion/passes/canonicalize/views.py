@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
-from npu_fusion.passes.terms import Size, Term, TermGraph, rule, size_of, sizes_of
+from npu_fusion.passes.terms import Size, Term, TermGraph, rule, same_size, size_of, sizes_of
 
 aten = torch.ops.aten
 
@@ -102,18 +102,14 @@ def _halves(part: Size, size: sympy.Expr) -> bool:
     """Is this half of a symbolic size, if that is even: ``n // 2``, ``(n + 1) // 2``, or what they leave?"""
     halved = size / 2
     if halved.is_integer:
-        return _equal(part, halved)
+        return same_size(part, halved)
     rounded = (FloorDiv(size, 2), FloorDiv(size + 1, 2))
-    return any(_equal(part, half) or _equal(part, size - half) for half in rounded)
+    return any(same_size(part, half) or same_size(part, size - half) for half in rounded)
 
 
 def _halved(size: Size, half: Size) -> bool:
     """Is ``half`` half of ``size``, a symbolic one assumed to be even (the view took all of it, so it is)?"""
-    return _equal(size, 2 * half) or (not isinstance(size, int) and _halves(half, size))
-
-
-def _equal(a: Size, b: Size) -> bool:
-    return a == b or sympy.expand(a - b) == 0
+    return same_size(size, 2 * half) or (not isinstance(size, int) and _halves(half, size))
 
 
 @rule(aten.slice.Tensor)

@@ -13,12 +13,12 @@ from npu_fusion.passes.compose._mla_exits import Tokens
 from npu_fusion.passes.compose._mla_key import Key, all_tokens
 from npu_fusion.passes.compose._mla_query import Query, heads_of, is_weight_uk, weight_uk, width_of
 from npu_fusion.passes.compose._mla_sites import (
-    FLOATS,
     Projection,
     bare,
     entries,
     is_constant,
 )
+from npu_fusion.passes.lift.rms_norm import FLOATS
 from npu_fusion.passes.pattern import Constraint, Context, Refused
 from npu_fusion.passes.terms import LOW_PRECISION, Size
 from npu_fusion.passes.walk import dtype_name

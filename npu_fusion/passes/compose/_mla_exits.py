@@ -7,13 +7,14 @@ values that something else reads, and each is a transpose of what the operator r
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from npu_fusion.passes.axes import Axis, Dim, Layout, coalesced, layout
-from npu_fusion.passes.checks import Truth
+from npu_fusion.passes.checks import Truth, product
 from npu_fusion.passes.pattern import Context
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Size, Term
@@ -27,10 +28,7 @@ class Tokens:
 
     @property
     def total(self) -> Size:
-        total: Size = 1
-        for size in self.shape:
-            total = total * size
-        return total
+        return product(self.shape)
 
     @property
     def names(self) -> str:
@@ -51,9 +49,10 @@ class Exit:
         return e.call(torch.ops.aten.permute.default, node, list(self.dims))
 
 
-def readers(value: Term, context: Context) -> list[Term]:
-    """``value`` and its views and transposes, as far as something other than those reads them."""
-    live, of = context.rewriter.dead, context.view.of
+def readers(value: Term, context: Context, ignoring: Container[fx.Node] = ()) -> list[Term]:
+    """``value`` and its views and transposes, as far as something other than those (and ``ignoring``) reads
+    them."""
+    dead, of = context.rewriter.dead, context.view.of
     found: list[Term] = []
     pending, seen = [value], {value}
     while pending:
@@ -64,7 +63,7 @@ def readers(value: Term, context: Context) -> list[Term]:
         for node in term.nodes:
             for user in node.users:
                 then = of.get(user)
-                if user in live or then is term:
+                if user in dead or user in ignoring or then is term:
                     continue
                 if isinstance(then, Term) and then.op in ("view", "permute"):
                     if then not in seen:
@@ -83,15 +82,17 @@ def exits(
     tokens: Tokens,
     context: Context,
     heads: Axis | None,
+    ignoring: Container[fx.Node] = (),
 ) -> list[Exit] | None:
     """All readers of ``value``, which has the layout ``at``; None where one has another order.
 
-    ``heads``: the axis that counts them; None: the operator's result has none.
+    ``heads``: the axis that counts them; None: the operator's result has none. ``ignoring``: nodes that are
+    no readers.
     """
     columns = coalesced(at.dims[-1])
     value, at = unpaired(value, at)
     found = []
-    for term in readers(value, context):
+    for term in readers(value, context, ignoring):
         here = layout(term, context.sizes, known={value: at})
         dims = None if here is None else _order(here.flat(), tokens, heads, columns, context)
         if dims is None:

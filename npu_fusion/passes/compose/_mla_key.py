@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npu_fusion.passes.axes import Axis, Layout, coalesced, layout
+from npu_fusion.passes.canonicalize.cache_writes import rows_of
 from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.compose._mla_cache import Caches, caches
 from npu_fusion.passes.compose._mla_exits import Tokens, unpaired
 from npu_fusion.passes.compose._mla_sites import (
-    FLOATS,
     Norm,
     Projection,
     Sites,
     Turn,
     bare,
 )
+from npu_fusion.passes.lift.rms_norm import FLOATS
 from npu_fusion.passes.pattern import Context, Refused
 from npu_fusion.passes.terms import Term
 
@@ -93,7 +94,7 @@ def unscaled(term: Term) -> tuple[Term, float]:
 def _rows_of_tokens(
     write: Term, at: Layout, source: Term, tokens: Tokens, context: Context
 ) -> Refused | None:
-    rows = write.args[1] if write.op == "write" else write.args[1][0]
+    rows = rows_of(write)
     known = dict([unpaired(source, at)])
     here = layout(rows, context.sizes, known=known, through=_inner)
     flat = () if here is None else here.flat()

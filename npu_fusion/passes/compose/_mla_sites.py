@@ -12,24 +12,23 @@ from typing import Any
 
 import torch
 
-from npu_fusion.config import Numerics
 from npu_fusion.passes.axes import BROADCAST, Axis, Layout, layout
+from npu_fusion.passes.canonicalize.cache_writes import rows_of
 from npu_fusion.passes.canonicalize.views import reshaped
 from npu_fusion.passes.checks import Sizes
 from npu_fusion.passes.lift.dequant import Dequantized, dequantized
 from npu_fusion.passes.lift.dynamic_quant import Quantized, quantization
-from npu_fusion.passes.lift.rms_norm import Normalized, normalized
+from npu_fusion.passes.lift.rms_norm import FLOATS, Normalized, normalized
 from npu_fusion.passes.lift.rotary_mul import Rotation, rotation
 from npu_fusion.passes.pattern import Context
-from npu_fusion.passes.terms import LOW_PRECISION, Drift, Term
+from npu_fusion.passes.terms import Drift, Term
 from npu_fusion.passes.walk import Walk
 
 aten = torch.ops.aten
 
-HEADS, LAST = 1, 2
-"""Dimensions of the root that the axes of a head product run over: its columns, and those of the product."""
+LAST = 2
+"""The dimension that the columns of a head product count as, beside the two of the root."""
 
-FLOATS = (torch.float32, *LOW_PRECISION)
 _ROPE, _ROTARY = "npu.npu_interleave_rope.default", "npu.npu_rotary_mul.default"
 
 
@@ -137,8 +136,7 @@ def _sites(context: Context) -> Sites:
     for op in ("write", "filled"):
         for term in terms.get(op, ()):
             if term.nodes:
-                rows = term.args[1] if op == "write" else term.args[1][0]
-                found.writes[bare(rows)].append(term)
+                found.writes[bare(rows_of(term))].append(term)
     return found
 
 
@@ -318,7 +316,3 @@ def quantized_norm(y: Term, context: Context) -> tuple[Quantized, Term] | None:
     if not isinstance(found, Quantized) or not found.dynamic or found.y is not y:
         return None
     return found, found.x
-
-
-def rounding(what: str) -> Drift:
-    return Drift(Numerics.ACCURATE, what)

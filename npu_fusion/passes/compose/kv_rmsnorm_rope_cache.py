@@ -16,9 +16,9 @@ its own sequence, where the cache is [B, 1, L, C] with one sequence for each of 
 rows are read elsewhere too (``is_output_kv``), the operator returns them: not in "Norm", so those caches are
 then seen as pages.
 
-Conditions: adjacent pairs are rotated and stored as halves (or ``cache_layout="npu"``); the stored norm
-weight, cache and kv have one dtype; nothing is scaled; (target) Dv is 512, Dr 64, 16 bits. A call of the
-operator is left as it is. Trap: the cache of the rotated key comes first.
+Conditions: adjacent pairs are rotated and stored as halves, by the model too (who reads the cache is not
+rewritten); the stored norm weight, cache and kv have one dtype; nothing is scaled; (target) Dv is 512, Dr 64,
+16 bits. A call of the operator is left as it is. Trap: the cache of the rotated key comes first.
 
 Always ``accurate``: norm and rotation are rounded once. ``relaxed`` where cosine and sine are rounded.
 
@@ -43,7 +43,7 @@ from npu_fusion.passes.compose._mla_key import Key, key_side, keyed
 from npu_fusion.passes.compose._mla_pairs import other_rotation
 from npu_fusion.passes.compose._mla_rope import Angles, angles
 from npu_fusion.passes.compose._mla_sites import Norm, bare, sites
-from npu_fusion.passes.lift.rms_norm import vector
+from npu_fusion.passes.lift.rms_norm import FLOATS, vector
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term
@@ -52,7 +52,6 @@ from npu_fusion.passes.walk import buildable, dtype_name, stored
 aten = torch.ops.aten
 
 NAME = "npu_kv_rmsnorm_rope_cache"
-FLOATS = (torch.float32, *LOW_PRECISION)
 LATENT, ROTATED = 512, 64
 """The one Dv and Dr that devices take."""
 

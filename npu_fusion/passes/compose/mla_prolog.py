@@ -39,6 +39,7 @@ from torch import fx
 
 from npu_fusion.config import Numerics
 from npu_fusion.passes.axes import Axis, Layout, viewed
+from npu_fusion.passes.canonicalize.cache_writes import rows_of
 from npu_fusion.passes.compose._mla_cache import later_reader
 from npu_fusion.passes.compose._mla_conditions import columns, envelope, quant_mode, types, weights
 from npu_fusion.passes.compose._mla_exits import Exit, Tokens, exits
@@ -63,9 +64,9 @@ from npu_fusion.passes.walk import dtype_name, stored
 from npu_fusion.targets import TARGETS
 
 aten = torch.ops.aten
-
-
 npu = torch.ops.npu
+
+V3 = "npu_mla_prolog_v3_functional"
 
 
 def _pairs(context: Context) -> bool:
@@ -75,8 +76,8 @@ def _pairs(context: Context) -> bool:
 def _is_latent(norm: Norm, found: Sites) -> bool:
     """Is the norm of the first columns of a wider product, stored or beside a norm of the rest?"""
     heads = any(a.dim == 1 for dim in norm.at.dims[:-1] for a in dim)
-    part = norm.projection.root.shape[-1] != width_of(norm.at) and norm.at.origin[1] == 0 and not heads
     total, end = norm.projection.root.shape[-1], width_of(norm.at)
+    part = total != end and norm.at.origin[1] == 0 and not heads
     beside = any(
         n.projection.root is norm.projection.root and (n.at.origin[1], width_of(n.at)) == (end, total - end)
         for n in found.norms
@@ -86,7 +87,7 @@ def _is_latent(norm: Norm, found: Sites) -> bool:
 
 class MlaProlog(Fusion):
     name = "mla_prolog"
-    operator = "npu_mla_prolog_v3_functional"
+    operator = V3
     anchors: ClassVar = ("mul", "div", "rms_norm", "write", "filled")
     priority = 8
     stage = "compose"
@@ -109,8 +110,7 @@ def _latents(term: Term, found: Sites, context: Context) -> list[Norm]:
     tried = context.memo.setdefault(key, set())
     inner = term.args[0] if term.op == "cast" else term
     if term.op in ("write", "filled"):
-        rows = term.args[1] if term.op == "write" else term.args[1][0]
-        inner = unscaled(bare(rows))[0]
+        inner = unscaled(bare(rows_of(term)))[0]
     fresh = [n for n in found.norms if n.term is inner and n not in tried]
     tried.update(fresh)
     return fresh
@@ -202,9 +202,6 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
     )
 
 
-V3 = "npu_mla_prolog_v3_functional"
-
-
 def _operator(context: Context) -> str:
     return V3 if context.config.target is None else TARGETS[context.config.target].mla_prolog
 
@@ -224,25 +221,10 @@ def _normed(query: Query, mode: int, tokens: Tokens, context: Context) -> list[E
         assert query.quantized is not None
         value = query.quantized.y
         at = viewed(query.norm.at, value.shape, context.sizes)
-    found = None if at is None else exits(value, at, tokens, context, None)
-    if found is None:
-        return None
     ours = set(query.up.root.nodes)
     if query.up.scales is not None and query.up.scales.product is not None:
         ours |= set(query.up.scales.product.nodes)
-    return [x for x in found if _read_elsewhere(x.term, ours, context)]
-
-
-def _read_elsewhere(term: Term, ours: set[fx.Node], context: Context) -> bool:
-    dead, of = context.rewriter.dead, context.view.of
-    for node in term.nodes:
-        for user in node.users:
-            then = of.get(user)
-            if user in dead or user in ours or then is term:
-                continue
-            if not (isinstance(then, Term) and then.op in ("view", "permute")):
-                return True
-    return False
+    return None if at is None else exits(value, at, tokens, context, None, ignoring=ours)
 
 
 def _inputs(query: Query, key: Key, rope: Angles) -> list[Term | None]:
