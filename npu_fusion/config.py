@@ -11,18 +11,12 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from npu_fusion._releases import TARGETS
 from npu_fusion._version import fingerprint
 
-TARGETS = (
-    "ascend910b",
-    "ascend910_93",
-    "ascend910b-7.0",
-    "ascend910b-7.1",
-    "ascend910_93-7.0",
-    "ascend910_93-7.1",
-    "ascend950",
-)
 ENV_PREFIX = "NPU_FUSION_"
+_OTHER_VARIABLES = ("NPU_FUSION_OFFLINE", "NPU_FUSION_CACHE")
+"""Not fields: read by :mod:`npu_fusion.hosts.offline`."""
 
 
 class Numerics(IntEnum):
@@ -52,9 +46,9 @@ class FusionConfig:
     ``dry_run``: find and report, change nothing.
     ``verify``: run every rewritten region and its replacement on random inputs and raise on a mismatch.
     ``dump_dir``: where each graph leaves its FX code after every stage, ``report.json`` and ``report.html``.
-    ``target``: the SoC whose hardware limits apply (``"ascend910b"``, ``"ascend910_93"``,
-    ``"ascend950"``; with ``-7.0`` or ``-7.1`` behind the first two, those of that torch_npu release), or
-    None: no limits, as on the CPU.
+    ``target``: the SoC whose hardware limits apply (``"ascend910b"``, ``"ascend910_93"``, ``"ascend950"``),
+    with the operators of the latest torch_npu, or behind a dash those of ``-7.0``, ``-7.1``, ``-7.2``,
+    ``-7.3``, ``-26.0`` or ``-26.1`` (Ascend 950 since 26.0). None: no limits, as on the CPU.
     ``cache_layout``: ``"model"`` (default) keeps what the model stores in its caches; ``"npu"`` lets
     ``mla_prolog`` store a rotated key that the model has in adjacent pairs as halves, as the operator does:
     every reader and writer of that cache must then be compiled so, and query and key be used together only.
@@ -201,7 +195,7 @@ def _from_environment() -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(FusionConfig)}
     found: dict[str, Any] = {}
     for variable, text in os.environ.items():
-        if not variable.startswith(ENV_PREFIX):
+        if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in fields:

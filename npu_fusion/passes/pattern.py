@@ -13,7 +13,8 @@ None) and *how* the replacement is built (:attr:`Match.build`). The gate decides
   second user is a refusal that names it), and every edge into the region must be one of the match's inputs,
   so nothing that the source reads can get lost;
 * mutation: nothing in or around the region may write what the region reads;
-* streams: no region crosses stream labels;
+* streams and scopes: no region crosses stream labels or the markers of a scope;
+* host and target: every call that the replacement makes must exist there (asked while it is built);
 * memory: an int32 product that the source did not have is limited by the config.
 """
 
@@ -30,9 +31,11 @@ import torch
 from torch import fx
 
 from npu_fusion.config import FusionConfig, Numerics
+from npu_fusion.passes import scopes
 from npu_fusion.passes.checks import Sizes, Truth, product, row_major
 from npu_fusion.passes.memory import storage_root, written_by
 from npu_fusion.passes.rewrite import Emitter, RewriteError, Rewriter
+from npu_fusion.passes.scopes import SCOPE
 from npu_fusion.passes.terms import Drift, Size, Term, TermGraph, sizes_of
 from npu_fusion.passes.verify import verify
 from npu_fusion.report import Fused, FusionReport, Refusal
@@ -106,6 +109,8 @@ FUSIONS: dict[str, Fusion] = {}
 class _OtherSize(Exception):
     """A replacement has another number of elements than what it replaces."""
 
+    reason = "the source broadcasts where the operator does not"
+
 
 class Fusion(ABC):
     """One fused operator: what it looks like in a graph and how it is put there."""
@@ -163,18 +168,11 @@ class Fusion(ABC):
             self._refuse(term, refusal, context)
             return False
         assert isinstance(region, Region)
-        if context.config.dry_run:
-            emitted: tuple[str, ...] = ()
-            context.rewriter.pretend(region.nodes, replaced)
-        else:
-            try:
-                emitted = self._replace(found, outputs, region, context)
-            except (_OtherSize, RewriteError) as error:
-                reason = "the source broadcasts where the operator does not"
-                if isinstance(error, RewriteError):
-                    reason = "the replacement cannot be written down in this graph"
-                self._refuse(term, Refused(reason, str(error)), context)
-                return False
+        try:
+            emitted = self._replace(found, outputs, region, context)
+        except (_OtherSize, RewriteError) as error:
+            self._refuse(term, Refused(error.reason, str(error)), context)
+            return False
         context.report.fusions.append(
             Fused(
                 self.name,
@@ -211,6 +209,10 @@ class Fusion(ABC):
                     if form not in shaped:
                         shaped[form] = emitter.view(emitter.cast(result, form[0]), form[1])
                     new.append((node, _as_returned(node, shaped[form], emitter)))
+            if context.config.dry_run:  # built only to see that it can be
+                rewriter.rollback(mark)
+                rewriter.pretend(region.nodes, [old for old, _ in new])
+                return ()
             if context.config.verify:
                 verify(self.name, region, new, emitter, _level(found.drift))
             for old, replacement in new:
@@ -292,7 +294,7 @@ class Region:
             if _holds_size(node) or (_is_empty(node) and not _is_empty(outputs[0])):
                 continue
             inside[node] = None
-            pending.extend(node.all_input_nodes)
+            pending.extend(_read_by(node))
         ends = set(outputs)
         # Nodes before the first output cannot depend on it, nodes before the region not on any of it, unless
         # insertions behind their users wait for the final sort.
@@ -323,7 +325,19 @@ class Region:
         if len(labels) > 1:
             shown = ", ".join(sorted(repr(label) for label in labels))
             return Refused("the nodes run on different streams", f"stream labels {shown}")
+        within = {n.meta.get(SCOPE, ()) for n in self.nodes}
+        if len(within) > 1:
+            shown = "; ".join(sorted("in " + (", ".join(names) or "none") for names in within))
+            return Refused("the nodes are in different scopes", shown)
         return context.hazards.between(self, max(self.nodes))
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose entries a node reads: of ``copy(a, b)`` only b, which a gives its shape and dtype."""
+    sources = node.all_input_nodes
+    if node.target is torch.ops.aten.copy.default:
+        return [source for source in sources if source is not node.args[0] or source is node.args[1]]
+    return sources
 
 
 def _depending(nodes: Iterable[fx.Node], region: Container[fx.Node], first: fx.Node | None) -> fx.Node | None:
@@ -378,9 +392,10 @@ def _stream(node: fx.Node) -> Any:
 
 
 class Hazards:
-    """Nodes that write to memory, found once per graph."""
+    """Nodes that write to memory or begin and end scopes, found once per graph."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.markers = scopes.label(graph)
         self.writers: list[tuple[fx.Node, set[fx.Node]]] = []
         for node in graph.nodes:
             written = written_by(node)
@@ -389,10 +404,15 @@ class Hazards:
 
     def between(self, region: Region, end: fx.Node) -> Refused | None:
         """Does a node up to the region's end write what the region reads, after the region began?"""
-        if not self.writers:
+        if not self.writers and not self.markers:
             return None
         start, first = min(region.nodes), min(region.outputs)
         last = max(region.inputs, default=start)
+        if last > first and any(first < node < last for node in self.markers):
+            return Refused(
+                "the graph would have to be reordered over the border of a scope",
+                f"the last input comes after {first.name}",
+            )
         if last > first and any(first < node < last for node, _ in self.writers):
             return Refused(
                 "the graph would have to be reordered, and it writes to memory",
@@ -506,11 +526,12 @@ def source_of(node: fx.Node) -> str | None:
     Frames of this package (a quantized linear, say) say nothing to the user and are passed over, unless there
     is no other.
     """
-    return _users_line(node.meta.get("stack_trace") or "")
+    return users_line(node.meta.get("stack_trace") or "")
 
 
 @functools.lru_cache(maxsize=1024)  # the layers of a model share their lines
-def _users_line(stack_trace: str) -> str | None:
+def users_line(stack_trace: str) -> str | None:
+    """:func:`source_of` for the text of a stack trace."""
     frames = []
     for line in stack_trace.splitlines():
         line = line.strip()

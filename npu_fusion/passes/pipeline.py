@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import time
 import warnings
@@ -35,10 +36,11 @@ from npu_fusion.passes import canonicalize, compose, lift
 from npu_fusion.passes.checks import Sizes
 from npu_fusion.passes.compose._mla_pairs import kept_pairs
 from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards, source_of
-from npu_fusion.passes.rewrite import Rewriter
+from npu_fusion.passes.rewrite import Admission, Rewriter
 from npu_fusion.passes.terms import Term, TermGraph
 from npu_fusion.passes.verify import FusionVerificationError
 from npu_fusion.report import FusionReport, Refusal
+from npu_fusion.targets import missing, resolve
 
 _ROOMS = (canonicalize, compose, lift)
 
@@ -66,12 +68,14 @@ def run(
     inference: bool = True,
     decomposed: bool = False,
     keep_stages: bool = False,
+    admission: Admission | None = None,
 ) -> FusionReport:
     """Run the whole pipeline on ``graph`` in place and return the account of it.
 
     ``inference``: False refuses everything (a training graph saves intermediates that a fused operator does
     not return). ``decomposed``: the graph is in Inductor's dialect. ``keep_stages``: keep readable code of
-    every stage in the report.
+    every stage in the report. ``admission``: says which calls host and target take (None: those that
+    the target takes).
     """
     started = time.perf_counter()
     report = FusionReport(graph=name, host=host, dry_run=config.dry_run, began=started)
@@ -85,7 +89,7 @@ def run(
         )
     else:
         with _no_collection():
-            _run_stages(graph, config, report, decomposed, keep_stages)
+            _run_stages(graph, config, report, decomposed, keep_stages, admission)
     report.operators_after = (
         operators(graph) if report.fusions and not config.dry_run else report.operators_before
     )
@@ -106,13 +110,21 @@ def _no_collection() -> Iterator[None]:
 
 
 def _run_stages(
-    graph: fx.Graph, config: FusionConfig, report: FusionReport, decomposed: bool, keep_stages: bool
+    graph: fx.Graph,
+    config: FusionConfig,
+    report: FusionReport,
+    decomposed: bool,
+    keep_stages: bool,
+    admission: Admission | None,
 ) -> None:
     clock = time.perf_counter
     started = clock()
     try:
         view = TermGraph(graph)
-        rewriter = Rewriter(view, decomposed)
+        target = resolve(config)
+        if admission is None and target is not None:
+            admission = functools.partial(missing, target)
+        rewriter = Rewriter(view, decomposed, admission)
         context = Context(view, Sizes(graph), config, rewriter, report, Hazards(graph))
         anchors = _anchors(view)
     except Exception as error:

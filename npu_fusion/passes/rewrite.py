@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from npu_fusion import _compat
+from npu_fusion.passes.scopes import SCOPE
 from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
 
 aten = torch.ops.aten
@@ -23,11 +25,31 @@ aten = torch.ops.aten
 _OWN_LAYOUT = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten._int_mm.default})
 """Operators whose result is contiguous whatever the layout of their operands."""
 
-_LABELS = ("stream_label", "custom", "nn_module_stack")
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default})
+
+_LABELS = (
+    "stream_label",
+    "deterministic_scope_level",
+    "core_limit_scope",
+    "custom",
+    "nn_module_stack",
+    SCOPE,
+)
+
+Admission = Callable[[Any, Sequence[Any], Mapping[str, Any]], "str | None"]
+"""Asked for every call that a replacement needs: None, or why host or target do not take it."""
 
 
 class RewriteError(RuntimeError):
     """A replacement that cannot be put into the graph as built."""
+
+    reason = "the replacement cannot be written down in this graph"
+
+
+class NotAdmitted(RewriteError):
+    """A replacement that needs a call which host or target do not take."""
+
+    reason = "the host or the target does not take the replacement"
 
 
 def order(graph: fx.Graph) -> None:
@@ -53,11 +75,12 @@ def order(graph: fx.Graph) -> None:
 class Rewriter:
     """All changes that one pipeline run makes to one graph."""
 
-    def __init__(self, view: TermGraph, decomposed: bool) -> None:
+    def __init__(self, view: TermGraph, decomposed: bool, admission: Admission | None = None) -> None:
         self.view = view
         self.graph = view.graph
         self.decomposed = decomposed
         """Whether new nodes must be in Inductor's decomposed dialect."""
+        self.admission = admission
         self.fake_mode = _compat.find_fake_mode(self.graph)
         self.dead: dict[fx.Node, None] = {}
         self.made: set[fx.Node] = set()
@@ -87,8 +110,7 @@ class Rewriter:
 
     def note_layout(self, old: fx.Node, new: fx.Node) -> None:
         """Remember a replacement that lies otherwise in memory than what it replaces."""
-        before, after = (sizes_of(n.meta["val"].stride()) for n in (old, new))
-        if before != after:
+        if _form(old)[1] != _form(new)[1]:
             self._moved.add(new)
 
     def retire(self, nodes: Iterable[fx.Node]) -> None:
@@ -143,6 +165,7 @@ class Rewriter:
         for node in sorted([*self.dead, *self._added], reverse=True):
             self._erase_unused(node)
         self._relax_views()
+        self._skip_round_trips()
         self._journal.clear()
         self._added.clear()
 
@@ -161,6 +184,27 @@ class Rewriter:
                 self._moved.add(node)
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
+
+    def _skip_round_trips(self) -> None:
+        """Read a value itself where a new view and one that was there before lead from it and back.
+
+        A cache that comes out of a fused operator as rows, and is viewed as the model's pages again, then is
+        the operator's own output, and torchair sees that it can be written in place.
+        """
+        added = set(self._added)
+        for node in list(self.graph.nodes):
+            if node.target not in _RESHAPES or any(user.op == "output" for user in node.users):
+                continue
+            chain = [node]
+            while chain[-1].target in _RESHAPES:
+                chain.append(chain[-1].args[0])
+            if added.isdisjoint(chain[:-1]):
+                continue
+            form = _form(node)
+            same = next((source for source in chain[1:] if _form(source) == form), None)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                self._erase_unused(node)
 
     def _erase_unused(self, node: fx.Node) -> None:
         """Erase a node without users, and what that leaves without users."""
@@ -227,6 +271,12 @@ class Rewriter:
         return found if found is not None and found < before else None
 
 
+def _form(node: fx.Node) -> Any:
+    """Sizes and strides of a node's value."""
+    value = node.meta["val"]
+    return sizes_of(value.shape), sizes_of(value.stride())
+
+
 def _signature_of(value: Any) -> Any:
     """What of an argument a fake implementation can depend on, hashable."""
     if isinstance(value, fx.Node):
@@ -240,6 +290,40 @@ def _signature_of(value: Any) -> Any:
     return (type(value), value)
 
 
+def _without_defaults(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call as a traced one looks: without arguments that are at their default. Patterns of others compare
+    with that."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return args, kwargs
+    arguments = schema.arguments
+    given = len(args)
+    while (
+        given and not arguments[given - 1].kwarg_only and _is_default(arguments[given - 1], args[given - 1])
+    ):
+        given -= 1
+    defaults = {a.name: a for a in arguments}
+    return args[:given], {
+        name: value
+        for name, value in kwargs.items()
+        if name not in defaults or not _is_default(defaults[name], value)
+    }
+
+
+def _is_default(argument: torch.Argument, value: Any) -> bool:
+    default = argument.default_value
+    return argument.has_default_value() and type(value) is type(default) and bool(value == default)
+
+
+def _tensor_meta(value: torch.Tensor) -> TensorMetadata:
+    """What AOTAutograd notes beside the fake value of every node, and torchair's patterns read."""
+    return TensorMetadata(
+        value.shape, value.dtype, value.requires_grad, value.stride(), None, value.is_quantized, {}
+    )
+
+
 class Emitter:
     """Creates the nodes of one replacement, each with its fake value and the labels of what it replaces."""
 
@@ -250,7 +334,15 @@ class Emitter:
         self.nodes: list[fx.Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert ``target(*args, **kwargs)``; its fake implementation gives shape and dtype, or refuses."""
+        """Insert ``target(*args, **kwargs)``; its fake implementation gives shape and dtype, or refuses.
+
+        Raises :class:`NotAdmitted` where the host or the target does not take the call.
+        """
+        args, kwargs = _without_defaults(target, args, kwargs)
+        admission = self.rewriter.admission
+        why_not = admission(target, args, kwargs) if admission is not None else None
+        if why_not is not None:
+            raise NotAdmitted(why_not)
         graph = self.rewriter.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args, kwargs)
@@ -260,7 +352,9 @@ class Emitter:
         for label in ("stack_trace", *_LABELS):
             if label in meta:
                 node.meta[label] = meta[label]
-        node.meta["val"] = self._fake(target, args, kwargs)
+        value = node.meta["val"] = self._fake(target, args, kwargs)
+        if isinstance(value, torch.Tensor):
+            node.meta["tensor_meta"] = _tensor_meta(value)
         return node
 
     def _fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

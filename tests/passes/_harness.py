@@ -15,6 +15,7 @@ from torch._inductor.virtualized import V
 
 from npu_fusion.config import FusionConfig, fusion_flags
 from npu_fusion.passes import pipeline
+from npu_fusion.passes.rewrite import Admission
 from npu_fusion.report import FusionReport
 
 DIALECTS = ("aot", "inductor")
@@ -58,12 +59,13 @@ def fuse(
     dialect: str = "aot",
     prepare_graph: Callable[[fx.Graph], None] | None = None,
     inference: bool = True,
+    admission: Admission | None = None,
     **config: Any,
 ) -> Outcome:
     """Compile ``fn`` with the pipeline in strict mode (a failing pass fails the test) and run both.
 
     ``prepare_graph`` may edit the captured graph before the pipeline sees it (stream labels, say).
-    ``inference`` is what the pipeline is told. Inductor's dialect runs its passes but not its code generator.
+    ``inference`` and ``admission`` are what the pipeline is told. Inductor's dialect runs its passes but not its code generator.
     """
     torch._dynamo.reset()
     settings = FusionConfig(**{"strict": True, **config})
@@ -75,7 +77,8 @@ def fuse(
         if prepare_graph is not None:
             prepare_graph(graph)
         before.append(pipeline.readable(graph))
-        reports.append(pipeline.run(graph, settings, decomposed=decomposed, inference=inference))
+        told: Any = {"decomposed": decomposed, "inference": inference, "admission": admission}
+        reports.append(pipeline.run(graph, settings, **told))
         code.append(pipeline.readable(graph))
 
     backend: Any

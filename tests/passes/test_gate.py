@@ -144,6 +144,56 @@ def test_a_device_without_a_kernel_is_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize("dialect", ["aot", "inductor"])
+def test_a_result_that_is_also_copied_into_a_buffer_is_replaced_there_too(dialect: str) -> None:
+    def layer(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+        buffer.copy_(y)
+        return y * 2
+
+    buffer = torch.zeros(3, 8)
+    args = [torch.randn(3, 8), torch.randn(8), buffer]
+    got = fuse(layer, args, dialect=dialect)
+    assert got.fused == {"npu_rms_norm": 1}
+    torch.testing.assert_close(got.result, got.expected)
+    torch.testing.assert_close(buffer * 2, got.expected)
+
+
+def _no_swiglu(operator: Any, args: Any, kwargs: Any) -> str | None:
+    return "there is no swiglu here" if operator is torch.ops.npu.npu_swiglu.default else None
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_the_host_does_not_take_is_refused_and_the_graph_stays(dry_run: bool) -> None:
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gate, up = F.rms_norm(x, (8,), weight, 1e-6).chunk(2, -1)
+        return F.silu(gate) * up
+
+    got = fuse(layer, [torch.randn(3, 8), torch.randn(8)], admission=_no_swiglu, dry_run=dry_run)
+    assert got.fused == {"npu_rms_norm": 1}
+    assert got.reasons("swiglu") == [
+        "the host or the target does not take the replacement: there is no swiglu here"
+    ]
+    assert "silu" in got.code
+    torch.testing.assert_close(got.result, got.expected)
+
+
+def test_a_dry_run_refuses_what_the_real_run_would_not_write_down() -> None:
+    """A replacement is built in a dry run, too: what cannot be built is no fusion there either."""
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def fail(operator: Any, args: Any, kwargs: Any) -> str | None:
+        return f"no {operator}"
+
+    real, dry = (fuse(layer, [torch.randn(3, 8)], admission=fail, dry_run=d) for d in (False, True))
+    assert real.fused == dry.fused == {}
+    assert real.reasons("swiglu") == dry.reasons("swiglu")
+    assert dry.code == dry.before
+
+
 def test_a_graph_without_fusions_is_left_as_it_is() -> None:
     seen: list[tuple[list[fx.Node], str]] = []
 

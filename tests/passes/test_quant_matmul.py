@@ -391,3 +391,33 @@ def test_an_expectation_counts_it() -> None:
     outcome, _ = run(PLAIN, dry_run=True)
     assert outcome.fused == {OPERATOR: 1}
     assert f"npu.{OPERATOR}" not in outcome.report.operators_after
+
+
+def _no_int_mm(operator: Any, args: Any, kwargs: Any) -> str | None:
+    return "no kernel" if operator is torch.ops.aten._int_mm.default else None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_product_used_as_int32_goes_to_the_operator_where_the_host_has_no_int_mm(dynamic: bool) -> None:
+    def products(q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch._int_mm(q, w.t())
+        return p, torch._int_mm(q, (w + 1).t()) * 3
+
+    q, w, *_ = PLAIN.inputs()
+    assert fuse(products, [q, w], dynamic=dynamic).fused == {}
+    got = fuse(products, [q, w], dynamic=dynamic, admission=_no_int_mm)
+    assert got.fused == {OPERATOR: 2}
+    assert "aten._int_mm" not in got.code
+    assert got.code.count("aten.full") == 1  # one scale for both
+    for result, expected in zip(got.result, got.expected, strict=True):
+        assert result.dtype == torch.int32
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_a_dequantized_product_is_taken_first_where_the_host_has_no_int_mm() -> None:
+    def both(q: Tensor, w: Tensor, ws: Tensor, ts: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return PLAIN(q, w, ws, ts, bias), torch._int_mm(q, (w + 1).t())
+
+    got = fuse(both, PLAIN.inputs(), admission=_no_int_mm)
+    assert got.fused == {OPERATOR: 2}
+    assert "aten._int_mm" not in got.code

@@ -22,7 +22,7 @@ from npu_fusion.passes.lift.rms_norm import FLOATS
 from npu_fusion.passes.pattern import Constraint, Context, Refused
 from npu_fusion.passes.terms import LOW_PRECISION, Size
 from npu_fusion.passes.walk import dtype_name
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve
 
 PREPARE = "npu_fusion.prepare(model) lays them out once"
 
@@ -152,22 +152,30 @@ def weights(query: Query, key: Key, context: Context) -> Refused | None:
     return None
 
 
-def envelope(query: Query, key: Key, tokens: Tokens, context: Context) -> list[Constraint] | Refused:
-    """The hardware envelope of the target."""
-    if context.config.target is None:
+def envelope(
+    operator: str, mode: int, query: Query, key: Key, tokens: Tokens, context: Context
+) -> list[Constraint] | Refused:
+    """The hardware envelope of this version of the operator on the target; ``mode``: of the weights."""
+    target, sizes = resolve(context.config), context.sizes
+    if target is None:
         return []
-    target, sizes = TARGETS[context.config.target], context.sizes
+    limits = target.mla(operator)
+    if mode not in limits.weight_modes:
+        shown = f"{operator} in torch_npu {target.release}: weight_quant_mode {mode}"
+        return Refused(
+            "the operator does not take weights quantized so on the target", shown, (query.product.term,)
+        )
     product = query.product
     plain, latent = product.weight.shape[-2:]
     heads = heads_of(product, plain + query.turn.x.shape[-1])
     envelope: Sequence[tuple[str, Size | None, tuple[int, ...]]] = (
-        ("He", key.projection.x.shape[-1], target.mla_hidden),
-        ("Hcq", width_of(query.norm.at), target.mla_query_rank),
-        ("N", heads, target.mla_heads),
-        ("D", plain, target.mla_nope),
+        ("He", key.projection.x.shape[-1], limits.hidden),
+        ("Hcq", width_of(query.norm.at), limits.query_rank),
+        ("N", heads, limits.heads),
+        ("D", plain, limits.nope),
         ("Dr", query.turn.x.shape[-1], (64,)),
         ("Hckv", latent, (512,)),
-        ("BlockSize", key.caches.pages[1], target.mla_block),
+        ("BlockSize", key.caches.pages[1], limits.block),
     )
     for name, size, accepted in envelope:
         if size not in accepted:
@@ -176,8 +184,8 @@ def envelope(query: Query, key: Key, tokens: Tokens, context: Context) -> list[C
                 "a size is outside of what the operator takes on the target", shown, (product.term,)
             )
     constraints = []
-    if target.mla_max_length is not None and len(tokens.shape) == 2:
-        length, most = tokens.shape[1], target.mla_max_length
+    if limits.max_length is not None and len(tokens.shape) == 2:
+        length, most = tokens.shape[1], limits.max_length
         relation = None if isinstance(length, int) else sympy.Le(length, most)
         reason = "the operator takes fewer tokens per sequence on the target"
         shown = f"S is {length}, at most {most}"

@@ -22,7 +22,7 @@ gate where the int32 product is new. ``accurate`` where the source rounds to 16 
 the scales in another order.
 
 Source: torch_npu documentation of npu_dequant_swiglu_quant. Its defaults are the right half and static
-quantization; both arguments are always passed.
+quantization.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from npu_fusion.config import Numerics
 from npu_fusion.passes.compose._swiglu_quantized import Activated, activated, swiglu_inside
 from npu_fusion.passes.lift.dequant import Dequantized, available, dequantized, raw, token_scale, weight_scale
 from npu_fusion.passes.lift.dynamic_quant import OPERATOR, Quantized
+from npu_fusion.passes.lift.quant_matmul import accumulator
 from npu_fusion.passes.lift.quantize import along_last, scale_and_offset
 from npu_fusion.passes.lift.swiglu import Gated, even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term, TermGraph
 from npu_fusion.passes.walk import Walk, dtype_name
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve
 
 aten = torch.ops.aten
 
@@ -79,9 +80,9 @@ class DequantSwiGLUQuant(Fusion):
 
 
 def _hardware(found: Dequantized, context: Context) -> Refused | None:
-    if context.config.target is None:
+    target = resolve(context.config)
+    if target is None:
         return None
-    target = TARGETS[context.config.target]
     assert found.product is not None
     if found.bias is not None and found.bias.dtype != torch.int32 and not target.float_bias:
         return Refused(
@@ -109,8 +110,9 @@ def _replacement(
         return Refused("no node holds the int32 product", "", (term,))
     new_product = not product.nodes
     constraints = [even(context, product)]
-    if context.config.target is not None:
-        alignment = TARGETS[context.config.target].swiglu_alignment
+    target = resolve(context.config)
+    if target is not None:
+        alignment = target.swiglu_alignment
         constraints.append(
             Constraint(
                 context.sizes.multiple(product.shape[-1], alignment),
@@ -126,7 +128,7 @@ def _replacement(
     rows = product.shape[:-1]
 
     def build(e: Emitter) -> list[fx.Node]:
-        x = e.term(product) if not new_product else _int32_product(e, product, found)
+        x = e.term(product) if not new_product else _int32_product(e, product, found, context)
         arguments: dict[str, Any] = {"weight_scale": weight_scale(e, found, x, product.shape[-1])}
         if found.per_token:
             arguments["activation_scale"] = token_scale(e, found.per_token)
@@ -157,17 +159,9 @@ def _replacement(
     )
 
 
-def _int32_product(e: Emitter, product: Term, found: Dequantized) -> fx.Node:
-    """npu_quant_matmul asked for its accumulator. Its scale argument is required but not used then."""
-    a, b = product.args
+def _int32_product(e: Emitter, product: Term, found: Dequantized, context: Context) -> fx.Node:
     scale = (found.per_channel or found.numbers)[0]
-    return e.call(
-        torch.ops.npu.npu_quant_matmul.default,
-        e.term(a),
-        e.term(b),
-        e.view(e.term(raw(scale)), (scale.shape[-1],)),
-        output_dtype=3,
-    )
+    return accumulator(e, product, e.view(e.term(raw(scale)), (scale.shape[-1],)), context)
 
 
 def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:

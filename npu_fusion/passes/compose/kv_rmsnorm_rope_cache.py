@@ -20,6 +20,9 @@ Conditions: adjacent pairs are rotated and stored as halves, by the model too (w
 rewritten); the stored norm weight, cache and kv have one dtype; nothing is scaled; (target) Dv is 512, Dr 64,
 16 bits. A call of the operator is left as it is. Trap: the cache of the rotated key comes first.
 
+A target before torch_npu 7.2 has npu_kv_rmsnorm_rope_cache only: it gives the caches before the rows, and
+writes into the caches that it is given, so nothing else may read these.
+
 Always ``accurate``: norm and rotation are rounded once. ``relaxed`` where cosine and sine are rounded.
 
 Source: torch_npu documentation of npu_kv_rmsnorm_rope_cache; the spellings are those of real models.
@@ -48,17 +51,19 @@ from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term
 from npu_fusion.passes.walk import buildable, dtype_name, stored
+from npu_fusion.targets import choose, resolve
 
 aten = torch.ops.aten
 
 NAME = "npu_kv_rmsnorm_rope_cache"
+FUNCTIONAL = f"{NAME}_v2_functional"
 LATENT, ROTATED = 512, 64
 """The one Dv and Dr that devices take."""
 
 
 class KvRmsnormRopeCache(Fusion):
     name = "kv_rmsnorm_rope_cache"
-    operator = f"{NAME}_v2_functional"
+    operator = FUNCTIONAL
     anchors: ClassVar = ("mul", "div", "rms_norm")
     priority = 9
     stage = "compose"
@@ -81,9 +86,14 @@ class KvRmsnormRopeCache(Fusion):
             other_rotation(key.turn)
             or _parts(key, context)
             or _sizes(key, context)
-            or later_reader(key.caches, context)
+            or later_reader(key.caches, context, overwritten=_operator(context) != FUNCTIONAL)
             or _match(key, context)
         )
+
+
+def _operator(context: Context) -> str:
+    """The latest version that the target has."""
+    return choose(resolve(context.config), FUNCTIONAL, NAME)
 
 
 def _norms(context: Context) -> dict[Term, Norm]:
@@ -176,37 +186,40 @@ def _match(key: Key, context: Context) -> Match | Refused:
     drift += [*key.norm.found.drift, *key.turn.drift, *rope.drift]
     inputs = [source[0], key.norm.found.gamma, *rope.inputs, *where.inputs]
     caches = [[where.kr_out], [where.kv_out]]
+    operator = _operator(context)
+    updated, new_rows = ((2, 3), (0, 1)) if operator == FUNCTIONAL else ((0, 1), (2, 3))
 
     def stores(e: Emitter) -> list[fx.Node]:
-        call = _call(e, source, key, rope, context)
-        return [e.item(call, 2), e.item(call, 3)]
+        call = _call(e, operator, source, key, rope, context)
+        return [e.item(call, i) for i in updated]
 
-    match = Match(inputs, caches, stores, drift)
+    match = Match(inputs, caches, stores, drift, operator=operator)
     rows = [
         (key.turn.term, key.turn.at, key.turn.x.shape[-1]),
         (key.norm.term, key.norm.at, key.norm.found.x.shape[-1]),
     ]
     found: list[tuple[int, Size, Exit]] = []
-    for index, (term, at, width) in enumerate(rows):
+    for index, (term, at, width) in zip(new_rows, rows, strict=True):
         read = exits(stored(term, context), at, tokens, context, None)
         if read is None:
             return match
         found += [(index, width, exit_) for exit_ in read]
 
     def returns(e: Emitter) -> list[fx.Node]:
-        call = _call(e, source, key, rope, context, is_output_kv=True)
+        call = _call(e, operator, source, key, rope, context, is_output_kv=True)
         natural = [
             exit_.of(e, e.view(e.item(call, index), (*tokens.shape, width))) for index, width, exit_ in found
         ]
-        return [e.item(call, 2), e.item(call, 3), *natural]
+        return [*(e.item(call, i) for i in updated), *natural]
 
     outputs = [*caches, *([exit_.term] for _, _, exit_ in found)]
-    match.otherwise = Match(inputs, outputs, returns, drift)
+    match.otherwise = Match(inputs, outputs, returns, drift, operator=operator)
     return match
 
 
 def _call(
     e: Emitter,
+    operator: str,
     source: tuple[Term, Size],
     key: Key,
     rope: Angles,
@@ -226,7 +239,7 @@ def _call(
         index = e.view(where.slots(e), (where.tokens.total,))
     kv_cache, kr_cache = caches
     return e.call(
-        torch.ops.npu.npu_kv_rmsnorm_rope_cache_v2_functional.default,
+        getattr(torch.ops.npu, operator).default,
         e.view(kv, (*lead, kv.meta["val"].shape[-1])),
         vector(e, key.norm.found.gamma),
         cos,

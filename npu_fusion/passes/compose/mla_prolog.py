@@ -61,7 +61,7 @@ from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Drift, Term
 from npu_fusion.passes.walk import dtype_name, stored
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import choose, resolve
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -166,12 +166,12 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
             "the normed query is read elsewhere, unscaled", f"by {query.scale}", (query.norm.term,)
         )
     operator = _operator(context)
-    if operator != V3 and (normed or mode or query.scale != 1.0 or key.scale != 1.0):
-        shown = f"query_norm, a scale or quantization; {operator} has none"
+    if operator != V3 and (normed or query.scale != 1.0 or key.scale != 1.0):
+        shown = f"query_norm or a scale; {operator} has none"
         return Refused(
             "the operator of the target has no argument for a part of this", shown, (product.term,)
         )
-    shapes = envelope(query, key, tokens, context)
+    shapes = envelope(operator, mode, query, key, tokens, context)
     if isinstance(shapes, Refused):
         return shapes
     drift = _drift(query, key, rope)
@@ -203,7 +203,8 @@ def _match(query: Query, key: Key, tokens: Tokens, context: Context) -> Match | 
 
 
 def _operator(context: Context) -> str:
-    return V3 if context.config.target is None else TARGETS[context.config.target].mla_prolog
+    """The latest version that the target has."""
+    return choose(resolve(context.config), V3, "npu_mla_prolog_v2", "npu_mla_prolog")
 
 
 def _as_turned(turn: Turn) -> Layout:
@@ -277,13 +278,15 @@ def _call(
         "rmsnorm_epsilon_ckv": key.norm.found.epsilon,
         "cache_mode": where.mode,
     }
-    if operator != V3:
+    if mode:
+        options |= _scales(e, query, key, mode)
+    if operator != V3:  # which goes by the types of what it is given
         return e.call(getattr(npu, operator).default, *tensors, slots, kv_cache, kr_cache, **options)
     options |= {"cache_index": slots}
     if normed:
         options["query_norm_flag"] = True
     if mode:
-        options |= {"weight_quant_mode": mode, **_scales(e, query, key, mode)}
+        options["weight_quant_mode"] = mode
     for name, value in (("qc_qr_scale", query.scale), ("kc_scale", key.scale)):
         if value != 1.0:
             options[name] = value

@@ -41,7 +41,7 @@ from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refuse
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term, sizes_of
 from npu_fusion.passes.walk import buildable
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve
 
 aten = torch.ops.aten
 
@@ -83,8 +83,9 @@ class SwiGLUQuant(Fusion):
 def _replacement(x: Term, found: Activated, context: Context) -> Match:
     quantized, smooth = found.quantized, found.smooth
     constraints = [even(context, x)]
-    if context.config.target is not None:
-        most = TARGETS[context.config.target].swiglu_quant_width
+    target = resolve(context.config)
+    if target is not None:
+        most = target.swiglu_quant_width
         constraints.append(
             Constraint(
                 context.sizes.at_most(x.shape[-1], most),

@@ -44,7 +44,7 @@ from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import Term, TermGraph
 from npu_fusion.passes.walk import dtype_name
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve
 
 
 def _before_sorting(x: Term, view: TermGraph) -> Term | None:
@@ -94,7 +94,8 @@ class InterleaveRope(Fusion):
 
         def build(e: Emitter) -> list[fx.Node]:
             nodes = [e.term(given.x), *given.cosine_and_sine(e)]
-            if context.config.target and not TARGETS[context.config.target].interleave_rope_any_layout:
+            target = resolve(context.config)
+            if target is not None and not target.interleave_rope_any_layout:
                 nodes = [_contiguous(e, n) for n in nodes]
             return [e.call(torch.ops.npu.npu_interleave_rope.default, *nodes)]
 
@@ -102,9 +103,9 @@ class InterleaveRope(Fusion):
 
 
 def _hardware(given: Arguments, context: Context) -> Refused | None:
-    if context.config.target is None:
+    target = resolve(context.config)
+    if target is None:
         return None
-    target = TARGETS[context.config.target]
     if given.x.shape[-1] != target.interleave_rope_width:
         reason = f"the last dimension is not {target.interleave_rope_width}"
         return Refused(reason, f"it is {given.x.shape[-1]}", (given.output,))

@@ -14,9 +14,15 @@ Conditions: int8 operands; a scale per output channel or for all; a 16-bit resul
 float32); nobody else reads what is in between. ``strict`` where the source is the operator's own arithmetic,
 ``((product [+ int bias]) * channel * token [+ float bias])`` in float32 with one rounding.
 
-A product that is used as int32 stays as it is: the operator demands a scale even where it ignores it. For a
-float16 result without a scale per token the operator takes float32 scales in no graph mode, only packed ones
-with ten bits of mantissa; a scale of one per token avoids both and changes nothing.
+A product that is used as int32 stays as it is: the operator demands a scale even where it ignores it. Unless
+the host cannot run ``_int_mm``; torch_npu has no kernel for it and torchair no GE converter::
+
+    %p = _int_mm(%q, %w)      ->      %p = npu_quant_matmul(%q, %w, full([1], 1), output_dtype=int32)
+
+(and the other spellings of the product, which it has no use for either).
+
+For a float16 result without a scale per token the operator takes float32 scales in no graph mode, only packed
+ones with ten bits of mantissa; a scale of one per token avoids both and changes nothing.
 
 Source: torch_npu documentation of npu_quant_matmul (table of dtype combinations).
 """
@@ -28,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from npu_fusion.meta_impls._dtypes import enum_value
 from npu_fusion.passes.lift.dequant import (
     Dequantized,
     channel_scale,
@@ -39,23 +46,23 @@ from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refuse
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term
 from npu_fusion.passes.walk import Walk, buildable
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve, takes_dtype
 
 aten = torch.ops.aten
 _QUANT_MATMUL = torch.ops.npu.npu_quant_matmul.default
-
-_OUTPUT_DTYPE = {torch.float16: 5, torch.bfloat16: 15}
-"""ScalarType values."""
+_INT_MM = aten._int_mm.default
 
 
 class QuantMatmul(Fusion):
     name = "quant_matmul"
     operator = "npu_quant_matmul"
-    anchors: ClassVar = ("cast", "mul", "add")
+    anchors: ClassVar = ("cast", "mul", "add", "int_mm")  # products last: what is left of them
     priority = 45
     stage = "lift"
 
     def match(self, term: Term, context: Context) -> Match | Refused | None:
+        if term.op == "int_mm":
+            return _int32(term, context)
         if term.dtype == torch.float32 and term.op != "cast":
             return _float32(term, context)
         if term.dtype not in LOW_PRECISION or term.op != "cast":
@@ -164,8 +171,9 @@ def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -
     x1, x2 = product.args
     given = [x1, x2, bias, *found.per_channel, *found.per_token, *found.numbers]
     constraints: list[Constraint] = []
-    if context.config.target is not None:
-        most = TARGETS[context.config.target].quant_matmul_width
+    target = resolve(context.config)
+    if target is not None:
+        most = target.quant_matmul_width
         for size in (x1.shape[-1], x2.shape[-1]):
             reason = f"the last dimension of an operand is larger than {most}"
             constraints.append(Constraint(context.sizes.at_most(size, most), reason, f"it is {size}"))
@@ -180,11 +188,40 @@ def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -
         if bias is not None:
             arguments["bias"] = e.view(_bias(e, bias, dtype), (product.shape[-1],))
         scale = _scale(e, found, dtype)
-        call = e.call(_QUANT_MATMUL, rows, e.term(x2), scale, **arguments, output_dtype=_OUTPUT_DTYPE[dtype])
-        return [call]
+        arguments["output_dtype"] = output_dtype(dtype, context)
+        return [e.call(_QUANT_MATMUL, rows, e.term(x2), scale, **arguments)]
 
     inputs = [t for t in given if isinstance(t, Term)]
     return Match(inputs, [[term]], build, walk.drift, constraints)
+
+
+def _int32(product: Term, context: Context) -> Match | None:
+    """A product that is used as int32, where the host does not take it as it is."""
+    admission = context.rewriter.admission
+    if admission is None or admission(_INT_MM, (), {}) is None:
+        return None
+    known = product.dtype == torch.int32 and all(a.dtype == torch.int8 and buildable(a) for a in product.args)
+    if not known or any(node.target is _QUANT_MATMUL for node in product.nodes):
+        return None
+
+    def build(e: Emitter) -> list[fx.Node]:
+        one = e.shared("a scale of one", lambda: e.full([1], 1.0))
+        return [accumulator(e, product, one, context)]
+
+    return Match(product.args, [[product]], build)
+
+
+def output_dtype(dtype: torch.dtype, context: Context) -> int | torch.dtype:
+    """The argument of npu_quant_matmul, as the release of the target spells it."""
+    spelled = takes_dtype(resolve(context.config), _QUANT_MATMUL, "output_dtype")
+    return dtype if spelled else enum_value(dtype)
+
+
+def accumulator(e: Emitter, product: Term, scale: fx.Node, context: Context) -> fx.Node:
+    """npu_quant_matmul asked for its int32 accumulator. It demands ``scale`` but does not use it then."""
+    x1, x2 = product.args
+    dtype = output_dtype(torch.int32, context)
+    return e.call(_QUANT_MATMUL, e.term(x1), e.term(x2), scale, output_dtype=dtype)
 
 
 def _scale(e: Emitter, found: Dequantized, dtype: torch.dtype) -> fx.Node:

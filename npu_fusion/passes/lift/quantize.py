@@ -21,14 +21,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from npu_fusion.meta_impls._dtypes import enum_value
 from npu_fusion.passes.checks import product
 from npu_fusion.passes.lift.dynamic_quant import Quantized, channel, quantization
 from npu_fusion.passes.pattern import Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Term
 from npu_fusion.passes.walk import buildable, dtype_name, unexpanded
+from npu_fusion.targets import resolve, takes_dtype
 
 OPERATOR = "npu.npu_quantize.default"
+_QUANTIZE = torch.ops.npu.npu_quantize.default
 _INT8 = (1, 12, torch.int8, torch.qint8)
 
 
@@ -44,7 +47,7 @@ def given_scale(term: Term, context: Context) -> Quantized | Refused | None:
         return Refused("the scale is not along the last dimension", f"axis={axis}", (term,))
     value = context.view.cast(x, torch.float32)
     return Quantized(
-        value, term, static_scale=scales, static_inverse=not div_mode, offset=zero_points, drift=()
+        value, term, static_scale=scales, static_inverse=not div_mode, offset=zero_points, drift=term.drift
     )
 
 
@@ -88,9 +91,9 @@ class Quantize(Fusion):
         def build(e: Emitter) -> list[fx.Node]:
             scales, zero_points = scale_and_offset(e, found)
             divides = not found.static_inverse
-            return [
-                e.call(torch.ops.npu.npu_quantize.default, e.term(x), scales, zero_points, 1, -1, divides)
-            ]
+            older = takes_dtype(resolve(context.config), _QUANTIZE, "dtype")
+            dtype = torch.qint8 if older else enum_value(torch.int8)
+            return [e.call(_QUANTIZE, e.term(x), scales, zero_points, dtype, -1, divides)]
 
         inputs = [t for t in (x, found.static_scale, found.offset) if isinstance(t, Term)]
         return Match(inputs, [[found.y]], build, found.drift)

@@ -38,7 +38,7 @@ from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refuse
 from npu_fusion.passes.rewrite import Emitter
 from npu_fusion.passes.terms import LOW_PRECISION, Drift, Size, Term, TermGraph, representable
 from npu_fusion.passes.walk import Walk, buildable, dtype_name, operands, rounded, unexpanded
-from npu_fusion.targets import TARGETS
+from npu_fusion.targets import resolve
 
 RANK = 4
 FLOATS = (torch.float32, *LOW_PRECISION)
@@ -278,13 +278,13 @@ class RotaryMul(Fusion):
 
 
 def _hardware(given: Arguments, mode: str, context: Context) -> list[Constraint] | Refused:
-    if context.config.target is None:
+    target, sizes = resolve(context.config), context.sizes
+    if target is None:
         return []
     if mode != "half":
         return Refused(
             "torchair lowers npu_rotary_mul to 'half', whatever its mode", f"mode {mode!r}", (given.output,)
         )
-    target, sizes = TARGETS[context.config.target], context.sizes
     full, factor = padded(given.x.shape, RANK), padded(given.cos.shape, RANK)
     if factor[0] == 1 and full[0] != 1 and factor[1] != 1 and factor[2] != 1:
         shown = f"{list(factor)} for {list(full)}"

@@ -1,0 +1,64 @@
+"""Which nodes lie between which scope markers: streams, core limits, deterministic parts, super kernels.
+
+::
+
+    air.scope_enter(['_user_stream_label'], ['1'])      # torchair.scope.npu_stream_switch, limit_core_num ...
+      y = op(x)                                          # runs as the scope says because of where it stands
+    air.scope_exit()
+
+What is between two markers runs under them by its position alone. A fusion may therefore neither take nodes
+of different scopes together nor move anything over a marker. :func:`label` notes for each node the markers
+that are open around it; torchair's and npugraph_ex's markers nest, those of super kernels are paired by
+name.
+
+Source: torch_npu 2.13.0, torchair.scope, npugraph_ex.scope and torch_npu.npu.graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+SCOPE = "npu_fusion_scope"
+"""Key of the label in ``node.meta``; absent outside of all scopes."""
+
+_NESTING = ("air", "npugraph_ex")
+
+
+def label(graph: fx.Graph) -> list[fx.Node]:
+    """Label the nodes of ``graph`` and return its markers, in order."""
+    markers: list[fx.Node] = []
+    nested: list[fx.Node] = []
+    named: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        kind = _kind(node)
+        if kind is None:
+            if nested or named:
+                node.meta[SCOPE] = (*(n.name for n in nested), *sorted(n.name for n in named.values()))
+            continue
+        markers.append(node)
+        if kind == "enter":
+            nested.append(node)
+        elif kind == "exit":
+            if nested:  # a graph break may leave one marker of a pair in another graph: torchair refuses that
+                nested.pop()
+        else:
+            name = node.args[0] if node.args else node.kwargs.get("scope_name")
+            if kind == "begin":
+                named[name] = node
+            else:
+                named.pop(name, None)
+    return markers
+
+
+def _kind(node: fx.Node) -> str | None:
+    """enter, exit, begin, end; None for what is no marker."""
+    if node.op != "call_function":
+        return None
+    name = getattr(node.target, "_opname", None)
+    if name in ("scope_enter", "scope_exit"):
+        return name.removeprefix("scope_") if getattr(node.target, "namespace", None) in _NESTING else None
+    if name in ("super_kernel_scope_begin", "super_kernel_scope_end"):
+        return name.removeprefix("super_kernel_scope_")
+    return None
