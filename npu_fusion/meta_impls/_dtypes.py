@@ -10,7 +10,11 @@ Source: ``c10/core/ScalarType.h`` of PyTorch; Meta implementations of torch_npu 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+
+from npu_fusion.meta_impls._checks import check
 
 _BY_ENUM: dict[int, torch.dtype] = {
     0: torch.uint8,
@@ -46,3 +50,30 @@ def torch_dtype(value: int | torch.dtype | None, default: torch.dtype) -> torch.
         known = ", ".join(f"{enum} ({str(dtype).removeprefix('torch.')})" for enum, dtype in _BY_ENUM.items())
         raise ValueError(f"{value} is not the ScalarType value of a supported dtype; known: {known}")
     return _BY_ENUM[value]
+
+
+def dtype_argument(
+    op: str,
+    argument: str,
+    value: int | torch.dtype | None,
+    default: torch.dtype,
+    offered: Collection[torch.dtype],
+    accepted: str,
+) -> torch.dtype:
+    """The dtype that ``argument`` of the operator ``op`` means; ``ValueError`` unless it is ``offered``."""
+    try:
+        dtype = torch_dtype(value, default)
+    except ValueError as unknown:
+        raise ValueError(f"{op}: {argument} is {value}; accepted: {accepted}") from unknown
+    check(dtype in offered, op, argument, value, accepted)
+    return dtype
+
+
+def enum_value(dtype: torch.dtype) -> int:
+    """The ``ScalarType`` value of a dtype; ``ValueError`` for one that :func:`torch_dtype` does not know."""
+    for value, known in _BY_ENUM.items():
+        if known == dtype:
+            return value
+    raise ValueError(
+        f"{dtype} has no known ScalarType value; known: {', '.join(map(str, _BY_ENUM.values()))}"
+    )

@@ -6,16 +6,23 @@ import; :func:`register_all`, called once by ``import npu_fusion``, hands them t
 
 * an operator that nobody has defined yet is defined here, with its fake and its CPU kernel;
 * an operator that torch_npu has already defined keeps torch_npu's schema and Meta kernel, and only gets
-  the CPU kernel it lacks.
+  what it lacks: the CPU kernel (``_released.py``, should the schema be another one) and, for the few
+  without a Meta kernel, the fake.
+
+Once an operator has been defined here torch_npu cannot be imported any more, see ``_import_order.py``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+
+from npu_fusion.meta_impls import _import_order
+from npu_fusion.meta_impls._released import adapted
 
 NAMESPACE = "npu"
 
@@ -41,6 +48,9 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+# What answers for a tensor without data. (PyTorch has a fallback for Meta: it raises.)
+_FAKE_KEYS = ("Meta", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 # The libraries must outlive the process' use of the operators: a collected Library unregisters them.
 _LIBRARIES: list[torch.library.Library] = []
@@ -116,11 +126,24 @@ def register_all() -> None:
     _LIBRARIES.append(library)
     for op in OPERATORS.values():
         qualified = f"{NAMESPACE}::{op.name}"
-        defined = torch._C._dispatch_has_kernel(qualified)
-        if not defined:
+        if not torch._C._dispatch_has_kernel(qualified):
             library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(qualified, op.fake, lib=library)
             if op.copying is not None:
                 op.overload.py_functionalize_impl(_functionalized(OPERATORS[op.copying]))
+            if _import_order.PACKAGE not in sys.modules:
+                _import_order.refuse_torch_npu_from_now_on()
+        if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) for key in _FAKE_KEYS):
+            fake = _as_defined(op, op.fake)
+            if fake is not None:
+                torch.library.register_fake(qualified, fake, lib=library)
         if op.cpu is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-            library.impl(op.name, _checked(op), "CPU")
+            kernel = _as_defined(op, _checked(op))
+            if kernel is not None:
+                library.impl(op.name, kernel, "CPU")
+
+
+def _as_defined(op: Operator, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """``function``, written for the schema declared here, for the schema that the operator has."""
+    declared, defined = torch._C.parse_schema(f"{NAMESPACE}::{op.schema}"), op.overload._schema
+    # By text: schemas that only differ in ScalarType and int are equal.
+    return function if str(declared) == str(defined) else adapted(op.name, function, defined, declared)

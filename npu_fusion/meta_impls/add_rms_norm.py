@@ -1,4 +1,4 @@
-"""npu_add_rms_norm: residual addition and RMSNorm in one operator.
+"""npu_add_rms_norm: residual addition and RMSNorm in one operator; with _cast, also y in float32.
 
 ::
 
@@ -7,7 +7,8 @@
     y    = round(s * rstd * gamma)                                                 one rounding to x1's dtype
     x    = round(s)
 
-Trap: the outputs come in the order (y, rstd, x); the sum is the third.
+Trap: the outputs come in the order (y, rstd, x); the sum is the third. npu_add_rms_norm_cast puts y in float32,
+rounded to x1's dtype before, in front of them: it stands for a cast of y, not for more precision.
 
 Rounding points. The devices do not agree among themselves: the A2 and A3 kernels round the sum to fp16 before
 they normalize it (fp16 only), and round ``s * rstd`` before they multiply by gamma (bf16 and fp16); the 950
@@ -21,6 +22,7 @@ Formula: op-plugin documentation and public kernel sources of torch_npu 2.13.0.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from npu_fusion.meta_impls._checks import FLOATS, check_dtype, check_rank
@@ -41,7 +43,23 @@ def npu_add_rms_norm(
     (shape and dtype of ``x1``).
     Raises ``ValueError`` for any other dtype, rank or shape, and for a normalized dimension of size 0.
     """
-    op = "npu_add_rms_norm"
+    return _checked("npu_add_rms_norm", x1, x2, gamma)
+
+
+@operator(
+    "npu_add_rms_norm_cast(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def npu_add_rms_norm_cast(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-06
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As npu_add_rms_norm, with ``y`` in float32 first: (y as float32, y, rstd, x)."""
+    y, rstd, x = _checked("npu_add_rms_norm_cast", x1, x2, gamma)
+    return y.new_empty(y.shape, dtype=torch.float32), y, rstd, x
+
+
+def _checked(op: str, x1: Tensor, x2: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, rstd and the sum, without data."""
     check_dtype(op, "x1", x1, *FLOATS)
     check_rank(op, "x1", x1, 1, 8)
     check_addends(op, x1, x2)

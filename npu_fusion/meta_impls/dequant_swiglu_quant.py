@@ -56,7 +56,7 @@ from npu_fusion.meta_impls._checks import (
     check_shape,
     check_size,
 )
-from npu_fusion.meta_impls._dtypes import torch_dtype
+from npu_fusion.meta_impls._dtypes import dtype_argument
 from npu_fusion.meta_impls._registry import operator
 
 OP = "npu_dequant_swiglu_quant"
@@ -162,17 +162,8 @@ def _check_options(
 
 def _destination(dst_type: int | None, round_mode: int | None) -> torch.dtype:
     accepted = "None or 1 (int8), 24 or 292 (float8_e4m3fn), 23 or 291 (float8_e5m2)"
-    try:
-        dtype = torch_dtype(dst_type, torch.int8)
-    except ValueError as unknown:
-        raise ValueError(f"{OP}: dst_type is {dst_type}; accepted: {accepted}") from unknown
-    check(
-        dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2),
-        OP,
-        "dst_type",
-        f"{dst_type} ({dtype})",
-        accepted,
-    )
+    offered = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    dtype = dtype_argument(OP, "dst_type", dst_type, torch.int8, offered, accepted)
     if dtype.is_floating_point:
         check(round_mode in (None, RINT), OP, "round_mode", round_mode, f"None or {RINT} for float8 results")
     return dtype

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from npu_fusion.meta_impls._checks import check, check_choice, check_dtype, check_rank, check_size
-from npu_fusion.meta_impls._dtypes import torch_dtype
+from npu_fusion.meta_impls._dtypes import dtype_argument
 from npu_fusion.meta_impls._registry import operator
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -94,9 +94,8 @@ def npu_dynamic_quant_asymmetric(
 
 def destination(op: str, dst_type: int | torch.dtype | None) -> torch.dtype:
     """``torch.int8`` or ``torch.quint4x2``; ``ValueError`` for anything else."""
-    dtype = torch_dtype(dst_type, torch.int8)
-    check(dtype in (torch.int8, torch.quint4x2), op, "dst_type", dst_type, "None, 1 (int8), 16 (quint4x2)")
-    return dtype
+    offered = (torch.int8, torch.quint4x2)
+    return dtype_argument(op, "dst_type", dst_type, torch.int8, offered, "None, 1 (int8), 16 (quint4x2)")
 
 
 def _outputs(

@@ -37,7 +37,7 @@ from npu_fusion.meta_impls._checks import (
     check_size,
     names,
 )
-from npu_fusion.meta_impls._dtypes import torch_dtype
+from npu_fusion.meta_impls._dtypes import dtype_argument
 from npu_fusion.meta_impls._registry import operator
 
 OP = "npu_quant_matmul"
@@ -119,10 +119,8 @@ def npu_quant_matmul(
 
 def result_dtype(output_dtype: int | torch.dtype | None) -> torch.dtype:
     """The dtype of the result; ``ValueError`` for one that the operator does not give."""
-    dtype = torch_dtype(output_dtype, torch.int8)
     accepted = "None or 1 (int8), 3 (int32), 5 (float16), 15 (bfloat16)"
-    check(dtype in _SCALE_OF_OUTPUT, OP, "output_dtype", output_dtype, accepted)
-    return dtype
+    return dtype_argument(OP, "output_dtype", output_dtype, torch.int8, _SCALE_OF_OUTPUT, accepted)
 
 
 def _batch_shape(x1: Tensor, x2: Tensor) -> tuple[int | torch.SymInt, ...]:

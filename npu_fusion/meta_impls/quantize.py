@@ -30,7 +30,7 @@ from npu_fusion.meta_impls._checks import (
     check_shape,
     check_size,
 )
-from npu_fusion.meta_impls._dtypes import torch_dtype
+from npu_fusion.meta_impls._dtypes import dtype_argument
 from npu_fusion.meta_impls._registry import operator
 
 OP = "npu_quantize"
@@ -106,10 +106,8 @@ def npu_quantize(
 
 def result_dtype(dtype: int | torch.dtype, div_mode: bool) -> torch.dtype:
     """int8, uint8, int32 or quint4x2 (int4); ``ValueError`` for what ``div_mode`` does not offer."""
-    target = _RESULTS[div_mode].get(torch_dtype(dtype, torch.int8))
-    if target is None:
-        raise ValueError(f"{OP}: dtype is {dtype}; accepted: {_ACCEPTED[div_mode]}")
-    return target
+    results = _RESULTS[div_mode]
+    return results[dtype_argument(OP, "dtype", dtype, torch.int8, results, _ACCEPTED[div_mode])]
 
 
 def quantized_dim(input: Tensor, scales: Tensor, axis: int, div_mode: bool) -> int:

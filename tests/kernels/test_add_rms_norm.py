@@ -90,3 +90,13 @@ def test_no_rows() -> None:
     empty = torch.empty(0, 8)
     y, rstd, x = add_rms_norm(empty, empty, torch.ones(8))
     assert (y.shape, rstd.shape, x.shape) == ((0, 8), (0, 1), (0, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cast_adds_y_in_float32_in_front(dtype: torch.dtype) -> None:
+    x1, x2, gamma = torch.randn(3, 64).to(dtype), torch.randn(3, 64).to(dtype), torch.randn(64).to(dtype)
+    wide, *rest = torch.ops.npu.npu_add_rms_norm_cast(x1, x2, gamma, 1e-5)
+    assert wide.dtype == torch.float32
+    for got, expected in zip(rest, add_rms_norm(x1, x2, gamma, 1e-5), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(wide, rest[0].float())

@@ -56,3 +56,18 @@ def test_refuses_shapes() -> None:
     check_refused(NAME, r"gamma has shape \[2\]; accepted: \[4\]", ones, ones, torch.ones(2))
     check_refused(NAME, "gamma has 3 dimensions", ones, ones, torch.ones(1, 2, 4))
     check_refused(NAME, "accepted: normalized sizes above 0", ones[:, :0], ones[:, :0], torch.ones(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_cast_fake_and_real_agree(dtype: torch.dtype) -> None:
+    x1, x2 = (torch.randn(2, 3, 16).to(dtype) for _ in range(2))
+    wide, y, rstd, x = check_operator("npu_add_rms_norm_cast", x1, x2, torch.ones(16, dtype=dtype))
+    assert (wide.shape, wide.dtype) == (x.shape, torch.float32)
+    assert (y.dtype, rstd.dtype, x.dtype) == (dtype, torch.float32, dtype)
+
+
+def test_cast_refuses_other_addends() -> None:
+    ones = torch.ones(2, 4)
+    check_refused(
+        "npu_add_rms_norm_cast", r"x2 has shape \[1, 4\]; accepted: \[2, 4\]", ones, ones[:1], torch.ones(4)
+    )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npu_fusion.meta_impls._dtypes import torch_dtype
+from npu_fusion.meta_impls._dtypes import dtype_argument, enum_value, torch_dtype
 
 
 def test_none_is_the_default_and_a_dtype_is_itself() -> None:
@@ -54,3 +54,16 @@ def test_unknown_numbers_are_refused(number: int) -> None:
         ValueError, match=rf"^{number} is not the ScalarType value of a supported dtype; .*1 \(int8\)"
     ):
         torch_dtype(number, torch.int8)
+
+
+def test_the_value_of_a_dtype_is_what_the_dispatcher_makes_of_it() -> None:
+    dtypes = [torch.int8, torch.bfloat16, torch.quint4x2, torch.float8_e4m3fn]
+    assert [enum_value(dtype) for dtype in dtypes] == [1, 15, 16, 24]
+    with pytest.raises(ValueError, match=r"^torch.bool has no known ScalarType value; known: .*torch.int8"):
+        enum_value(torch.bool)
+
+
+@pytest.mark.parametrize("value", [2, 290, torch.int16])
+def test_an_argument_that_is_refused_is_named(value: int | torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"^npu_x: dst_type is {value}; accepted: None or 1$"):
+        dtype_argument("npu_x", "dst_type", value, torch.int8, (torch.int8,), "None or 1")

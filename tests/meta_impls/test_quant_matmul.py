@@ -118,7 +118,7 @@ def test_refuses_what_is_not_implemented(kwargs: dict[str, Any]) -> None:
     check_refused(NAME, f"{next(iter(kwargs))} is given; accepted: None", X1, X2, SCALE, **kwargs)
 
 
-@pytest.mark.parametrize("output", [0, 2, 6, 12])
+@pytest.mark.parametrize("output", [0, 2, 6, 12, 290])
 def test_refuses_output_dtypes(output: int) -> None:
     # 2 is int8 in the graph engine below torch_npu, and int16 here.
     check_refused(

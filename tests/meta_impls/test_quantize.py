@@ -69,7 +69,7 @@ def test_refuses_dtypes() -> None:
 
 
 @pytest.mark.parametrize("div_mode", [True, False])
-@pytest.mark.parametrize("dtype", [2, 5, 24])
+@pytest.mark.parametrize("dtype", [2, 5, 24, 290])
 def test_refuses_result_dtypes(dtype: int, div_mode: bool) -> None:
     check_refused(
         NAME, rf"dtype is {dtype}; accepted: 1 \(int8\), 12 \(qint8\)", X, ONE, None, dtype, 1, div_mode
