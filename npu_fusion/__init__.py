@@ -13,7 +13,9 @@ from npu_fusion.meta_impls import _registry  # noqa: E402
 _kernels.load()
 _registry.register_all()
 
-from npu_fusion.backend import NpuBackend, get_npu_backend, reports  # noqa: E402
+from npu_fusion._recorded import reports  # noqa: E402
+from npu_fusion.attach import enable, npugraph_ex_options  # noqa: E402
+from npu_fusion.backend import NpuBackend, get_npu_backend  # noqa: E402
 from npu_fusion.config import FusionConfig  # noqa: E402
 from npu_fusion.explain import explain  # noqa: E402
 from npu_fusion.passes.pipeline import FusionError, FusionExpectationError  # noqa: E402
@@ -30,8 +32,10 @@ __all__ = [
     "NpuBackend",
     "Refusal",
     "__version__",
+    "enable",
     "explain",
     "get_npu_backend",
+    "npugraph_ex_options",
     "prepare",
     "reports",
 ]

@@ -117,6 +117,22 @@ def compile_name() -> str | None:
     return f"graph_{compile_id}".replace("/", "_").replace("[", "").replace("]", "")
 
 
+def aot_stage() -> str | None:
+    """Which graph AOTAutograd has compiled right now: ``"inference"``, ``"forward"``, ``"backward"`` or
+    ``"joint"``; None outside of AOTAutograd."""
+    from torch._functorch._aot_autograd import logging_utils
+
+    names, _, _ = logging_utils.get_aot_compilation_context()
+    return names[-1].rpartition("_")[2] if names else None
+
+
+def at_dynamo_reset(listener: Any) -> None:
+    """Have the next ``torch._dynamo.reset()`` call ``listener.reset()``, as it does with backends."""
+    from torch._dynamo import eval_frame
+
+    eval_frame.cached_backends[id(listener)] = listener
+
+
 @contextmanager
 def no_recompile_limit() -> Iterator[None]:
     """Trace a function however often it has been traced before (the limit got its name in torch 2.7)."""
@@ -125,6 +141,12 @@ def no_recompile_limit() -> Iterator[None]:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     with config.patch({name: 2**16}):
         yield
+
+
+def has_npu() -> bool:
+    """Has torch_npu been imported (by ``import torch``, where it is installed), and is there a device?"""
+    npu = getattr(torch, "npu", None)
+    return npu is not None and bool(npu.is_available())
 
 
 def why_no_inductor() -> str | None:

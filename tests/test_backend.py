@@ -142,7 +142,8 @@ def test_a_dump_has_code_json_and_html(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"host": "tensorrt"}, ValueError, "host is 'tensorrt'; accepted: 'auto', 'inductor', 'eager'"),
+        ({"host": "tensorrt"}, ValueError, "host is 'tensorrt'; accepted: 'auto', 'torchair'"),
+        ({"host": "torchair", "compiler_config": {}}, TypeError, "accepted: a torchair.CompilerConfig"),
         ({"fusion_config": {"swigluu": True}}, ValueError, "no key 'swigluu'"),
         ({"fusion_config": 3}, TypeError, "fusion_config is a int"),
         ({"host": "inductor", "compiler_config": 3}, TypeError, "compiler_config is a int"),
@@ -151,12 +152,18 @@ def test_a_dump_has_code_json_and_html(tmp_path: Path, host: str) -> None:
             ValueError,
             "compiler_config has no key 'nope'",
         ),
-        ({"host": "eager", "compiler_config": {}}, ValueError, "host='eager' has no compiler"),
+        ({"host": "eager", "compiler_config": {}}, ValueError, "host='eager'; accepted: None"),
     ],
 )
 def test_bad_input_is_refused_at_once(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         npu_fusion.get_npu_backend(**arguments)
+
+
+@pytest.mark.parametrize("host", ["torchair", "npugraph_ex"])
+def test_a_host_that_is_not_installed_is_refused_at_once(host: str) -> None:
+    with pytest.raises(ImportError, match=f"host='{host}' needs torch_npu with {host}"):
+        npu_fusion.get_npu_backend(host=host)
 
 
 def test_options_of_torch_compile_need_the_registered_name() -> None:

@@ -7,11 +7,19 @@ from torch import fx
 from npu_fusion import _trace, dump
 from npu_fusion.config import FusionConfig
 from npu_fusion.passes import pipeline
+from npu_fusion.passes.rewrite import Admission
 from npu_fusion.report import FusionReport
 
 
 def optimize(
-    graph: fx.Graph, config: FusionConfig, *, name: str, host: str, inference: bool, decomposed: bool
+    graph: fx.Graph,
+    config: FusionConfig,
+    *,
+    name: str,
+    host: str,
+    inference: bool,
+    decomposed: bool,
+    admission: Admission | None = None,
 ) -> FusionReport:
     """Run the pipeline on ``graph`` in place; dump, log and trace its report; check ``expect``."""
     directory = config.dump_dir or dump.debug_directory()
@@ -23,6 +31,7 @@ def optimize(
         inference=inference,
         decomposed=decomposed,
         keep_stages=directory is not None or _trace.tracing(),
+        admission=admission,
     )
     if directory is not None:
         dump.write(report, directory)

@@ -20,6 +20,7 @@ def compile_graph(
     config: FusionConfig,
     name: str,
     record: Callable[[FusionReport], None],
+    compiler_config: None = None,
 ) -> Callable[..., Any]:
     """Functionalize, run the pipeline on the undecomposed graph, and return something to call."""
 

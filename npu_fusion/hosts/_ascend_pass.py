@@ -1,0 +1,108 @@
+"""The pipeline as a pass of torchair and npugraph_ex.
+
+Their compile caches take a pass into the key by its disassembly, which for a closure, a partial or a callable
+object is the same whatever the configuration. The pass is therefore a plain function made for its
+configuration, with the key of that configuration as a constant in its code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from npu_fusion import _compat
+from npu_fusion.config import FusionConfig
+from npu_fusion.hosts import _admission, _torchair_api
+from npu_fusion.hosts._run import optimize
+from npu_fusion.report import FusionReport
+
+Pass = Callable[[fx.GraphModule, Any, Any], None]
+
+_SOURCE = """\
+def npu_fusion_pass(gm, example_inputs, config):
+    _run(gm, example_inputs, config, {key!r})
+"""
+
+
+def make_pass(
+    config: FusionConfig,
+    package: str,
+    record: Callable[[FusionReport], None],
+    earlier: Pass | None = None,
+    name: Callable[[], str] | None = None,
+) -> Pass:
+    """``fn(gm, example_inputs, config)`` that runs ``earlier`` and then the pipeline, in place.
+
+    ``package``: ``"torchair"`` or ``"npugraph_ex"``. ``name``: names the graph that is being compiled.
+    """
+    if getattr(earlier, "npu_fusion_earlier", None) is not None:  # our own: the new configuration takes over
+        (earlier,) = earlier.npu_fusion_earlier  # type: ignore[union-attr]
+    named = name or (lambda: _compat.compile_name() or "graph")
+    ge_dump = _torchair_api.GeDump()
+
+    def run(gm: fx.GraphModule, example_inputs: Any, compiler_config: Any, key: str) -> None:
+        if earlier is not None:
+            earlier(gm, example_inputs, compiler_config)
+        _torchair_api.label_streams(gm, package)
+        settings, admission = _admission.of(
+            config, for_ge=_torchair_api.lowers_to_ge(package, compiler_config)
+        )
+        report = optimize(
+            gm.graph,
+            settings,
+            name=named(),
+            host=package,
+            inference=_compat.aot_stage() in (None, "inference"),
+            decomposed=False,
+            admission=admission,
+        )
+        record(report)
+        if report.fusions:
+            gm.recompile()
+        if report.dump_dir is not None and _torchair_api.lowers_to_ge(package, compiler_config):
+            ge_dump.direct(compiler_config, report.dump_dir)
+
+    key = hashlib.sha256(f"{config.cache_key()} {_digest(earlier)}".encode()).hexdigest()
+    scope: dict[str, Any] = {"_run": run, "__name__": __name__}
+    exec(compile(_SOURCE.format(key=key), f"<npu_fusion pass {key[:12]}>", "exec"), scope)
+    made: Any = scope["npu_fusion_pass"]
+    made.npu_fusion_earlier = (earlier,)
+    made.npu_fusion_config = config
+    return made
+
+
+def attach(compiler_config: Any, config: FusionConfig, record: Callable[[FusionReport], None]) -> None:
+    """Set the pipeline as the pass of a ``CompilerConfig`` of torchair or npugraph_ex; a pass that is set
+    already runs first."""
+    package = _torchair_api.package_of(compiler_config)
+    assert package is not None, type(compiler_config)
+    earlier = _torchair_api.given_pass(compiler_config)
+    setattr(compiler_config, _torchair_api.PASS, make_pass(config, package, record, earlier))
+
+
+def _digest(value: Any) -> str:
+    """What a pass of the user's depends on, as far as its code and plain values tell."""
+    if isinstance(value, types.CodeType):
+        parts = [value.co_code.hex(), repr(value.co_names), *map(_digest, value.co_consts)]
+    elif isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        parts = [_digest(value.__code__), repr(value.__defaults__), *map(_digest, cells)]
+    elif isinstance(value, types.MethodType):
+        parts = [_digest(value.__func__), _digest(value.__self__)]
+    elif isinstance(value, functools.partial):
+        parts = [_digest(value.func), *map(_digest, value.args), *map(_digest, value.keywords.items())]
+    elif isinstance(value, (tuple, list)):
+        parts = [*map(_digest, value)]
+    elif isinstance(value, (type(None), bool, int, float, str, bytes)):
+        parts = [repr(value)]
+    else:
+        parts = [f"{type(value).__module__}.{type(value).__qualname__}"]
+        called = vars(type(value)).get("__call__")
+        if isinstance(called, types.FunctionType):
+            parts.append(_digest(called))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,43 @@
+"""Host ``npugraph_ex``: the pipeline is a pass of npugraph_ex, which captures the graph as an ACL graph.
+
+Offline, without a device, its passes run and the result is run operator by operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from npu_fusion.config import FusionConfig
+from npu_fusion.hosts import _torchair_api
+from npu_fusion.hosts._ascend_pass import make_pass
+from npu_fusion.report import FusionReport
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: FusionConfig,
+    name: str,
+    record: Callable[[FusionReport], None],
+    compiler_config: Any = None,
+) -> Callable[..., Any]:
+    """Compile with npugraph_ex. ``compiler_config``: ``npugraph_ex.CompilerConfig``, which is not changed, or
+    a dict of its options."""
+    npugraph_ex = _torchair_api.load("npugraph_ex")
+    if _torchair_api.package_of(compiler_config) is None:
+        settings = npugraph_ex.CompilerConfig()
+        for option, value in (compiler_config or {}).items():
+            setattr(settings, option, value)
+    else:
+        settings = _torchair_api.clone(compiler_config)
+    fusion_pass = make_pass(config, "npugraph_ex", record, _torchair_api.given_pass(settings), lambda: name)
+    setattr(settings, _torchair_api.PASS, fusion_pass)
+    if _torchair_api.offline():
+        settings.force_eager = True
+    backend = npugraph_ex.get_npu_backend(compiler_config=settings)
+    with _torchair_api.without_cpu_kernels():
+        compiled: Callable[..., Any] = backend(gm, inputs)
+    return compiled
