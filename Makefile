@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: help demo test test-all lint types bench clean
+.PHONY: help demo test test-all test-ascend lint types bench clean
 help:
 	@echo "make demo      install into $(VENV) and run the main job on the CPU"
 	@echo "make test      install and run the tests (test-all: the slow ones too)"
+	@echo "make test-ascend   the tests with the real torch_npu, on any Linux (downloads 45 MB once)"
 	@echo "make lint      ruff;  make types: mypy;  make bench: the tables of docs/performance.md"
 
 $(BIN)/python:
@@ -33,6 +34,11 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS)
+
+test-ascend: export NPU_FUSION_CACHE := $(abspath $(VENV)/cache)
+test-ascend: $(VENV)/.dev
+	$(BIN)/npu-fusion offline-setup
+	$(BIN)/python -m npu_fusion.hosts.offline -- $(BIN)/python -m pytest -n $(JOBS) tests/ascend
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,23 +1,18 @@
-"""The command line: ``npu-fusion demo`` and ``npu-fusion explain MODULE:FACTORY``."""
+"""The command line: ``npu-fusion demo``, ``explain``, ``offline-setup`` and ``lower``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import npu_fusion
+from npu_fusion import _cli_offline
+from npu_fusion._cli_model import FACTORY, UsageError, add_options, fusion_config, make_model
 from npu_fusion.backend import HOSTS
-from npu_fusion.config import TARGETS, Numerics
+from npu_fusion.hosts.offline import OfflineError
 from npu_fusion.passes.pipeline import FusionExpectationError
-
-
-class UsageError(Exception):
-    """What the user gave cannot be used; the message says what is accepted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FusionExpectationError as error:
         print(f"npu-fusion: {error}", file=sys.stderr)
         return 1
-    except UsageError as error:
+    except (UsageError, OfflineError) as error:
         print(f"npu-fusion: error: {error}", file=sys.stderr)
         return 2
 
@@ -55,25 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="say what would fuse in a model and, for every near miss, why not",
-        description="FACTORY is a function without arguments in MODULE (a module name or a .py file) that "
-        "returns (model, args) or (model, args, kwargs). The model is traced, not run.",
+        description=FACTORY + "The model is traced, not run.",
     )
-    explain.add_argument("factory", metavar="MODULE:FACTORY")
-    explain.add_argument(
-        "--expect",
-        action="append",
-        default=[],
-        metavar="OPERATOR=COUNT",
-        help="exit with 1 unless so many fuse",
-    )
+    add_options(explain)
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
-    shapes = explain.add_mutually_exclusive_group()
-    shapes.add_argument("--dynamic", action="store_true", default=None, help="symbolic shapes from the start")
-    shapes.add_argument("--static", action="store_false", dest="dynamic", help="no symbolic shapes")
-    explain.add_argument("--numerics", choices=[n.name.lower() for n in Numerics], help="default: accurate")
-    explain.add_argument("--target", choices=TARGETS, help="apply the hardware limits of this SoC")
     explain.add_argument("--dump", metavar="DIR", help="write graphs, report.json and report.html there")
     explain.set_defaults(run=_explain)
+
+    _cli_offline.add_commands(commands)
     return parser
 
 
@@ -99,15 +83,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    expect = dict(_expectation(text) for text in arguments.expect)
-    model, args, kwargs = _made(_factory(arguments.factory), arguments.factory)
-    config: dict[str, Any] = {
-        "expect": expect or None,
-        "dump_dir": arguments.dump,
-        "target": arguments.target,
-    }
-    if arguments.numerics:
-        config["numerics"] = arguments.numerics
+    model, args, kwargs = make_model(arguments.factory)
+    config = fusion_config(arguments) | {"dump_dir": arguments.dump}
     unmet: FusionExpectationError | None = None
     try:
         report = npu_fusion.explain(model, *args, dynamic=arguments.dynamic, fusion_config=config, **kwargs)
@@ -120,53 +97,6 @@ def _explain(arguments: argparse.Namespace) -> int:
     if unmet is not None:
         raise unmet
     return 0
-
-
-def _expectation(text: str) -> tuple[str, int]:
-    name, _, count = text.partition("=")
-    if not name or not count.isdigit():
-        raise UsageError(f"--expect is {text!r}; accepted: OPERATOR=COUNT, e.g. npu_dequant_swiglu_quant=4")
-    return name, int(count)
-
-
-def _factory(spec: str) -> Callable[[], Any]:
-    module_name, _, name = spec.rpartition(":")
-    if not module_name or not name:
-        raise UsageError(
-            f"MODULE:FACTORY is {spec!r}; accepted: e.g. my_package.models:make or model.py:make"
-        )
-    path = Path(module_name)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise UsageError(f"there is no file {module_name!r}")
-        sys.path.insert(0, str(path.resolve().parent))
-        module_name = path.stem
-    else:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {module_name!r}: {error}") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise UsageError(f"{module_name!r} has no function {name!r}")
-    return factory
-
-
-def _made(factory: Callable[[], Any], spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    made = factory()
-    if (
-        isinstance(made, tuple)
-        and len(made) in (2, 3)
-        and callable(made[0])
-        and isinstance(made[1], (tuple, list))
-    ):
-        kwargs = made[2] if len(made) == 3 else {}
-        if isinstance(kwargs, dict):
-            return made[0], tuple(made[1]), kwargs
-    raise UsageError(
-        f"{spec} returned {type(made).__name__}; accepted: (model, args) or (model, args, kwargs)"
-    )
 
 
 if __name__ == "__main__":
