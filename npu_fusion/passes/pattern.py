@@ -333,10 +333,15 @@ class Region:
 
 
 def _read_by(node: fx.Node) -> list[fx.Node]:
-    """The inputs whose entries a node reads: of ``copy(a, b)`` only b, which a gives its shape and dtype."""
+    """The inputs whose entries a node reads.
+
+    Not the graph's input that ``copy(input, x)`` takes shape and dtype from, to be written to it at the end.
+    """
     sources = node.all_input_nodes
     if node.target is torch.ops.aten.copy.default:
-        return [source for source in sources if source is not node.args[0] or source is node.args[1]]
+        into, copied = sources[0], sources[-1]
+        if into is not copied and storage_root(into).op == "placeholder":
+            return [copied]
     return sources
 
 
@@ -392,10 +397,10 @@ def _stream(node: fx.Node) -> Any:
 
 
 class Hazards:
-    """Nodes that write to memory or begin and end scopes, found once per graph."""
+    """Nodes that write to memory, begin and end scopes, or order streams; found once per graph."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.markers = scopes.label(graph)
+        self.markers, self.events = scopes.label(graph)
         self.writers: list[tuple[fx.Node, set[fx.Node]]] = []
         for node in graph.nodes:
             written = written_by(node)
@@ -404,6 +409,9 @@ class Hazards:
 
     def between(self, region: Region, end: fx.Node) -> Refused | None:
         """Does a node up to the region's end write what the region reads, after the region began?"""
+        for event in self.events:
+            if min(region.nodes) < event < end:
+                return Refused("a stream records or waits for an event in between", event.name)
         if not self.writers and not self.markers:
             return None
         start, first = min(region.nodes), min(region.outputs)

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from npu_fusion import _compat
+from npu_fusion.passes.checks import row_major
 from npu_fusion.passes.scopes import SCOPE
 from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
 
@@ -24,6 +25,8 @@ aten = torch.ops.aten
 
 _OWN_LAYOUT = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten._int_mm.default})
 """Operators whose result is contiguous whatever the layout of their operands."""
+
+_ROW_MAJOR: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 _RESHAPES = frozenset({aten.view.default, aten.reshape.default})
 
@@ -170,20 +173,35 @@ class Rewriter:
         self._added.clear()
 
     def _relax_views(self) -> None:
-        """``reshape`` for every ``view`` of a value whose layout may have changed: it may have to copy now.
+        """Let every view of a value whose layout may have changed copy it, which it may have to do now.
 
         A rotated query, say, is contiguous where the source had the transposed layout of its input; attention
-        gives its result the layout of the query, and the model views that.
+        gives its result the layout of the query, and the model views that. Inductor's dialect has ``reshape``
+        for this, the other one a copy in front of the view: see :meth:`Emitter.view`.
         """
         if not self._moved:
             return
+        exact = frozenset(self._moved)  # of the values behind these only the old layout is noted
         for node in self.graph.nodes:
             if node not in self._moved:
                 if node.target in _OWN_LAYOUT or not any(n in self._moved for n in node.all_input_nodes):
                     continue
                 self._moved.add(node)
-            if node.target is aten.view.default:
+            if node.target not in _RESHAPES:
+                continue
+            source = node.all_input_nodes[0]
+            if self.decomposed:
                 node.target = aten.reshape.default
+                continue
+            if source in self._moved and not (source in exact and row_major(source.meta["val"])):
+                value = source.meta["val"]
+                with self.graph.inserting_before(node):
+                    whole = self.graph.call_function(aten.clone.default, (source,), _ROW_MAJOR)
+                whole.meta = {label: node.meta[label] for label in _LABELS if label in node.meta}
+                whole.meta["val"] = value.new_empty(value.shape)
+                node.replace_input_with(source, whole)
+            if row_major(node.meta["val"]):
+                self._moved.discard(node)
 
     def _skip_round_trips(self) -> None:
         """Read a value itself where a new view and one that was there before lead from it and back.
@@ -391,8 +409,11 @@ class Emitter:
         return self.call(aten.full.default, list(sizes), float(value), dtype=dtype, device=device)
 
     def shared(self, key: Any, build: Callable[[], fx.Node]) -> fx.Node:
-        """What ``build`` makes, made once for all replacements that ask with the same ``key``."""
+        """What ``build`` makes, made once for all replacements that ask with the same ``key`` and run in the
+        same stream and scope."""
         known = self.rewriter.shared_nodes
+        labels = (self.template.meta.get(label) for label in ("stream_label", SCOPE))
+        key = (key, *labels)
         if key not in known:
             known[key] = build()
         elif not known[key] < self.before:
@@ -410,10 +431,16 @@ class Emitter:
         return positions if step == 1 else self.call(aten.mul.Tensor, positions, step)
 
     def view(self, node: fx.Node, shape: tuple[Size, ...]) -> fx.Node:
-        """``node`` viewed as ``shape``; nothing where it has that shape already."""
+        """``node`` viewed as ``shape``; nothing where it has that shape already.
+
+        A value that is not known to lie row by row is copied first, as AOTAutograd writes it: torchair takes
+        every ``reshape`` for a view, and would lose a transposition in front of one that copies.
+        """
         have = sizes_of(node.meta["val"].shape)
         if have == shape:
             return node
+        if not self.rewriter.decomposed and not row_major(node.meta["val"]):
+            node = self.call(aten.clone.default, node, **_ROW_MAJOR)
         return self.call(aten.reshape.default, node, self.sizes(shape, infer=True))
 
     def size(self, node: fx.Node, dim: int) -> Any:

@@ -1,4 +1,4 @@
-"""Which nodes lie between which scope markers: streams, core limits, deterministic parts, super kernels.
+"""Which nodes lie between which markers: streams, core limits, deterministic parts, super kernels, events.
 
 ::
 
@@ -11,7 +11,10 @@ of different scopes together nor move anything over a marker. :func:`label` note
 that are open around it; torchair's and npugraph_ex's markers nest, those of super kernels are paired by
 name.
 
-Source: torch_npu 2.13.0, torchair.scope, npugraph_ex.scope and torch_npu.npu.graphs.
+Streams wait for each other by events, which have no data in the graph either: what is computed after a wait
+may read what another stream has written before. Nothing is therefore fused from both sides of an event.
+
+Source: torch_npu 2.13.0, torchair.scope and torchair.ops, the same of npugraph_ex, and torch_npu.npu.graphs.
 """
 
 from __future__ import annotations
@@ -24,16 +27,20 @@ SCOPE = "npu_fusion_scope"
 """Key of the label in ``node.meta``; absent outside of all scopes."""
 
 _NESTING = ("air", "npugraph_ex")
+_ORDERING = (*_NESTING, "streams")
 
 
-def label(graph: fx.Graph) -> list[fx.Node]:
-    """Label the nodes of ``graph`` and return its markers, in order."""
+def label(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Label the nodes of ``graph``; returns its scope markers and its events, each in order."""
     markers: list[fx.Node] = []
+    events: list[fx.Node] = []
     nested: list[fx.Node] = []
     named: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         kind = _kind(node)
         if kind is None:
+            if getattr(node.target, "namespace", None) in _ORDERING:
+                events.append(node)
             if nested or named:
                 node.meta[SCOPE] = (*(n.name for n in nested), *sorted(n.name for n in named.values()))
             continue
@@ -49,7 +56,7 @@ def label(graph: fx.Graph) -> list[fx.Node]:
                 named[name] = node
             else:
                 named.pop(name, None)
-    return markers
+    return markers, events
 
 
 def _kind(node: fx.Node) -> str | None:

@@ -65,7 +65,8 @@ def fuse(
     """Compile ``fn`` with the pipeline in strict mode (a failing pass fails the test) and run both.
 
     ``prepare_graph`` may edit the captured graph before the pipeline sees it (stream labels, say).
-    ``inference`` and ``admission`` are what the pipeline is told. Inductor's dialect runs its passes but not its code generator.
+    ``inference`` and ``admission`` are what the pipeline is told. Inductor's dialect runs its passes but not
+    its code generator.
     """
     torch._dynamo.reset()
     settings = FusionConfig(**{"strict": True, **config})

@@ -17,16 +17,18 @@ _LIBRARIES = [torch.library.Library("air", "FRAGMENT"), torch.library.Library("n
 _MARKERS = (
     "scope_enter(str[] keys, str[] values) -> ()",
     "scope_exit() -> ()",
+    "tagged_event_wait(str tag) -> ()",
     "super_kernel_scope_begin(str? scope_name=None) -> ()",
     "super_kernel_scope_end(str? scope_name=None) -> ()",
 )
-for library, schemas in zip(_LIBRARIES, (_MARKERS[:2], _MARKERS[2:]), strict=True):
+for library, schemas in zip(_LIBRARIES, (_MARKERS[:3], _MARKERS[3:]), strict=True):
     for schema in schemas:
         library.define(schema)
         library.impl(schema.partition("(")[0], lambda *args: None, "CompositeExplicitAutograd")
 for operator in (
     torch.ops.air.scope_enter.default,
     torch.ops.air.scope_exit.default,
+    torch.ops.air.tagged_event_wait.default,
     torch.ops.npu.super_kernel_scope_begin.default,
     torch.ops.npu.super_kernel_scope_end.default,
 ):
@@ -144,9 +146,47 @@ def test_labels_of_nested_and_named_scopes() -> None:
             names.append(graph.call_function(torch.ops.aten.cos.default, (x,)))
         else:
             mark(*step)
-    markers = scopes.label(graph)
-    assert len(markers) == 6
+    markers, events = scopes.label(graph)
+    assert len(markers) == 6 and not events
     inside = [len(node.meta.get(scopes.SCOPE, ())) for node in names]
     assert inside == [1, 3, 1, 0]
     labels = [node.meta.get(scopes.SCOPE) for node in names]
     assert len(set(labels)) == 4
+
+
+def test_nothing_is_fused_from_both_sides_of_an_event() -> None:
+    """What is read after a wait, another stream may still be writing before it."""
+
+    def norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weight = weight * 2
+        total = x + y
+        early = total.cos()
+        return F.rms_norm(total, (8,), weight, 1e-6), early
+
+    def wait(graph: fx.Graph) -> None:
+        (early,) = (n for n in graph.nodes if n.name == "cos")
+        with graph.inserting_after(early):
+            graph.call_function(torch.ops.air.tagged_event_wait.default, ("weights",))
+
+    args = [torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)]
+    assert fuse(norm, args).fused == {"npu_add_rms_norm": 1}
+    got = fuse(norm, args, prepare_graph=wait)
+    assert got.fused == {"npu_rms_norm": 1}
+    assert got.reasons("add_rms_norm")[0].startswith("a stream records or waits for an event in between")
+    assert got.code.index("tagged_event_wait") < got.code.index("npu_rms_norm")
+    torch.testing.assert_close(got.result, got.expected)
+
+
+def test_what_replacements_share_is_made_in_each_scope() -> None:
+    def products(q: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch._int_mm(q, w), torch._int_mm(q + 1, w), torch._int_mm(q + 2, w)
+
+    def no_int_mm(operator: object, args: object, kwargs: object) -> str | None:
+        return "none" if operator is torch.ops.aten._int_mm.default else None
+
+    q, w = (torch.randint(-9, 9, shape, dtype=torch.int8) for shape in ((24, 16), (16, 8)))
+    inside = _around("stream", "_int_mm", "_int_mm")
+    got = fuse(products, [q, w], prepare_graph=inside, admission=no_int_mm)
+    assert got.fused == {"npu_quant_matmul": 3}
+    assert got.code.count("aten.full") == 2  # one for the two outside
+    assert all(torch.equal(a, b) for a, b in zip(got.result, got.expected, strict=True))

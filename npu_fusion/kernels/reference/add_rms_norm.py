@@ -1,4 +1,4 @@
-"""npu_add_rms_norm and npu_add_rms_norm_cast on the CPU; formula and traps in the file of this name in meta_impls."""
+"""npu_add_rms_norm(_cast) on the CPU; formula and traps in the file of this name in meta_impls."""
 
 from __future__ import annotations
 
