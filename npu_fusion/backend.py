@@ -89,6 +89,8 @@ def get_npu_backend(
     _check_compiler_config(compiler_config, resolved)
     if resolved in ("torchair", "npugraph_ex"):
         _torchair_api.load(resolved)
+    if resolved == "npugraph_ex":
+        npugraph_ex.settings_of(compiler_config)  # refuses what it does not know
     return NpuBackend(config, resolved, compiler_config)
 
 

@@ -30,8 +30,8 @@ def _runs_on_npu(operator: Any) -> bool:
 
 
 def of(config: FusionConfig, *, for_ge: bool) -> tuple[FusionConfig, Admission]:
-    """The configuration with the target of the device in it (offline: of the one that is claimed to be there),
-    where none is chosen, and what is admitted.
+    """The configuration with the target of the device in it (offline: of the one that is claimed to be
+    there), where none is chosen, and what is admitted.
 
     ``for_ge``: the graph is lowered to GE, so that everything needs a converter.
     """

@@ -23,6 +23,9 @@ from npu_fusion.report import FusionReport
 
 Pass = Callable[[fx.GraphModule, Any, Any], None]
 
+_NUMBERS_AND_TEXT = (type(None), bool, int, float, str, bytes)
+_PLAIN = (*_NUMBERS_AND_TEXT, tuple, list, dict, set, frozenset)
+
 _SOURCE = """\
 def npu_fusion_pass(gm, example_inputs, config):
     _run(gm, example_inputs, config, {key!r})
@@ -86,23 +89,39 @@ def attach(compiler_config: Any, config: FusionConfig, record: Callable[[FusionR
 
 
 def _digest(value: Any) -> str:
-    """What a pass of the user's depends on, as far as its code and plain values tell."""
+    """What a pass of the user's depends on, as far as its code and the values that it holds tell."""
+    return hashlib.sha256(repr(_parts(value, {})).encode()).hexdigest()
+
+
+def _parts(value: Any, seen: dict[int, int]) -> Any:
+    """``value`` as something that prints the same in every process."""
+    if isinstance(value, _NUMBERS_AND_TEXT):
+        return value
+    if id(value) in seen:  # a function may hold itself
+        return ("again", seen[id(value)])
+    seen[id(value)] = len(seen)
+
+    def of(*parts: Any) -> list[Any]:
+        return [type(value).__qualname__, *(_parts(part, seen) for part in parts)]
+
     if isinstance(value, types.CodeType):
-        parts = [value.co_code.hex(), repr(value.co_names), *map(_digest, value.co_consts)]
-    elif isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or ()]
-        parts = [_digest(value.__code__), repr(value.__defaults__), *map(_digest, cells)]
-    elif isinstance(value, types.MethodType):
-        parts = [_digest(value.__func__), _digest(value.__self__)]
-    elif isinstance(value, functools.partial):
-        parts = [_digest(value.func), *map(_digest, value.args), *map(_digest, value.keywords.items())]
-    elif isinstance(value, (tuple, list)):
-        parts = [*map(_digest, value)]
-    elif isinstance(value, (type(None), bool, int, float, str, bytes)):
-        parts = [repr(value)]
-    else:
-        parts = [f"{type(value).__module__}.{type(value).__qualname__}"]
-        called = vars(type(value)).get("__call__")
-        if isinstance(called, types.FunctionType):
-            parts.append(_digest(called))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return of(value.co_code, value.co_names, value.co_consts)
+    if isinstance(value, types.FunctionType):
+        return of(value.__code__, value.__defaults__, value.__kwdefaults__, value.__closure__)
+    if isinstance(value, types.CellType):
+        try:
+            return of(value.cell_contents)
+        except ValueError:  # not filled yet
+            return of()
+    if isinstance(value, types.MethodType):
+        return of(value.__func__, value.__self__)
+    if isinstance(value, functools.partial):
+        return of(value.func, value.args, value.keywords)
+    if isinstance(value, (tuple, list)):
+        return of(*value)
+    if isinstance(value, (set, frozenset)):
+        return [type(value).__qualname__, *sorted(repr(_parts(item, {})) for item in value)]
+    if isinstance(value, dict):
+        return of(*value.items())
+    held = {name: v for name, v in getattr(value, "__dict__", {}).items() if isinstance(v, _PLAIN)}
+    return of(type(value).__module__, vars(type(value)).get("__call__"), held)

@@ -16,6 +16,19 @@ from npu_fusion.hosts._ascend_pass import make_pass
 from npu_fusion.report import FusionReport
 
 
+def settings_of(compiler_config: Any) -> Any:
+    """A ``CompilerConfig`` that can be changed: a copy of the given one, or one with the options of a dict.
+
+    Raises ``ValueError`` for an option that npugraph_ex does not know.
+    """
+    if _torchair_api.package_of(compiler_config) is not None:
+        return _torchair_api.clone(compiler_config)
+    settings = _torchair_api.load("npugraph_ex").CompilerConfig()
+    for option, value in (compiler_config or {}).items():
+        setattr(settings, option, value)
+    return settings
+
+
 def compile_graph(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -27,12 +40,7 @@ def compile_graph(
     """Compile with npugraph_ex. ``compiler_config``: ``npugraph_ex.CompilerConfig``, which is not changed, or
     a dict of its options."""
     npugraph_ex = _torchair_api.load("npugraph_ex")
-    if _torchair_api.package_of(compiler_config) is None:
-        settings = npugraph_ex.CompilerConfig()
-        for option, value in (compiler_config or {}).items():
-            setattr(settings, option, value)
-    else:
-        settings = _torchair_api.clone(compiler_config)
+    settings = settings_of(compiler_config)
     fusion_pass = make_pass(config, "npugraph_ex", record, _torchair_api.given_pass(settings), lambda: name)
     setattr(settings, _torchair_api.PASS, fusion_pass)
     if _torchair_api.offline():

@@ -90,6 +90,11 @@ def test_npugraph_ex_with_options() -> None:
     assert [(r.host, r.fused) for r in backend.reports] == [("npugraph_ex", {"npu_swiglu": 1})]
 
 
+def test_an_option_that_npugraph_ex_does_not_know_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="no_such"):
+        npu_fusion.get_npu_backend({"no_such": 1}, host="npugraph_ex")
+
+
 def test_a_pass_of_the_user_runs_first_and_his_configuration_is_not_changed() -> None:
     seen: list[set[str]] = []
 
@@ -212,6 +217,39 @@ def test_a_pass_of_the_user_is_in_the_key_too() -> None:
     keys = [_cache(layer, {}, earlier) for earlier in (None, make(1), make(2))]
     assert len(set(keys)) == 3
     assert keys[1] == _cache(layer, {}, make(1))
+
+
+class Counting:
+    """A pass that is an object."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, gm: Any, inputs: Any, config: Any) -> None:
+        assert self.limit
+
+    def method(self, gm: Any, inputs: Any, config: Any) -> None:
+        assert self.limit
+
+
+def test_passes_that_are_objects_and_methods_are_told_apart_by_what_they_hold() -> None:
+    layer = Layer()
+    earlier = [Counting(1), Counting(2), Counting(1).method, Counting(2).method]
+    keys = [_cache(layer, {}, e) for e in earlier]
+    assert len(set(keys)) == 4
+    assert keys[0] == _cache(layer, {}, Counting(1)) and keys[2] == _cache(layer, {}, Counting(1).method)
+
+
+def test_a_pass_that_holds_itself_or_something_not_there_yet() -> None:
+    def recursive(gm: Any, inputs: Any, config: Any) -> None:
+        if config is None:
+            recursive(gm, inputs, config)
+            later()
+
+    key = _cache(Layer(), {}, recursive)
+    assert key == _cache(Layer(), {}, recursive)
+
+    def later() -> None: ...
 
 
 def test_a_training_graph_is_left_alone() -> None:
