@@ -116,9 +116,7 @@ class Attention(nn.Module):
         k_rot = k_rot.view(batch, 1, length, self.qk_rope_head_dim)
         q_rot, k_rot = apply_rotary(q_rot, k_rot, cos, sin)
         if cache is not None:
-            cache.latent.index_copy_(2, positions, latent)
-            cache.rotary.index_copy_(2, positions, k_rot)
-            latent, k_rot = cache
+            latent, k_rot = self.cached(cache, positions, latent, k_rot)
 
         expanded = self.kv_b_proj(latent)
         expanded = expanded.view(batch, -1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
@@ -127,6 +125,12 @@ class Attention(nn.Module):
         key = torch.cat((k_pass, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1)
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+    def cached(self, cache: Cache, positions: Tensor, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new rows [B, 1, S, ...] to their places and return all rows [B, 1, L, ...]."""
+        cache.latent.index_copy_(2, positions, latent)
+        cache.rotary.index_copy_(2, positions, k_rot)
+        return cache.latent, cache.rotary
 
 
 class MLP(nn.Module):
@@ -192,7 +196,7 @@ class ByteMla(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         if caches is not None:
-            places = caches[0].latent.shape[2]
+            places = self.config.max_position_embeddings
             mask = torch.arange(places, device=tokens.device) <= positions.unsqueeze(-1)
         x = self.embed_tokens(tokens)
         cos, sin = self._angles(positions, x)
