@@ -7,8 +7,8 @@
     y    = round(s * rstd * gamma)                                                 one rounding to x1's dtype
     x    = round(s)
 
-Trap: the outputs come in the order (y, rstd, x); the sum is the third. npu_add_rms_norm_cast has y in float32 in
-front, rounded to x1's dtype before: it stands for a cast of y, not for more precision.
+Trap: the outputs come in the order (y, rstd, x); the sum is the third. npu_add_rms_norm_cast has y in
+float32 in front, rounded to x1's dtype before: it stands for a cast of y, not for more precision.
 
 Rounding points. The devices do not agree among themselves: the A2 and A3 kernels round the sum to fp16 before
 they normalize it (fp16 only), and round ``s * rstd`` before they multiply by gamma (bf16 and fp16); the 950
