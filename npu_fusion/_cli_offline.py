@@ -61,6 +61,7 @@ def _lower(arguments: argparse.Namespace) -> int:
             cann=arguments.cann,
         )
     except FusionExpectationError as error:
+        assert error.report is not None
         error.report.print()
         raise
     except offline.LoweringError as error:

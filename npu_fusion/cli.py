@@ -89,6 +89,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     try:
         report = npu_fusion.explain(model, *args, dynamic=arguments.dynamic, fusion_config=config, **kwargs)
     except FusionExpectationError as error:
+        assert error.report is not None
         report, unmet = error.report, error
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))

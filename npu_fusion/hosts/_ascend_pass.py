@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -38,15 +38,16 @@ def make_pass(
     record: Callable[[FusionReport], None],
     earlier: Pass | None = None,
     name: Callable[[], str] | None = None,
+    failed: Callable[[Exception], None] | None = None,
 ) -> Pass:
     """``fn(gm, example_inputs, config)`` that runs ``earlier`` and then the pipeline, in place.
 
     ``package``: ``"torchair"`` or ``"npugraph_ex"``. ``name``: names the graph that is being compiled.
+    ``failed`` is told what the pipeline raises: both packages raise it again as a new exception with a text.
     """
     if getattr(earlier, "npu_fusion_earlier", None) is not None:  # our own: the new configuration takes over
         (earlier,) = earlier.npu_fusion_earlier  # type: ignore[union-attr]
     named = name or (lambda: _compat.compile_name() or "graph")
-    ge_dump = _torchair_api.GeDump()
 
     def run(gm: fx.GraphModule, example_inputs: Any, compiler_config: Any, key: str) -> None:
         if earlier is not None:
@@ -55,20 +56,25 @@ def make_pass(
         settings, admission = _admission.of(
             config, for_ge=_torchair_api.lowers_to_ge(package, compiler_config)
         )
-        report = optimize(
-            gm.graph,
-            settings,
-            name=named(),
-            host=package,
-            inference=_compat.aot_stage() in (None, "inference"),
-            decomposed=False,
-            admission=admission,
-        )
+        try:
+            report = optimize(
+                gm.graph,
+                settings,
+                name=named(),
+                host=package,
+                inference=_compat.aot_stage() in (None, "inference"),
+                decomposed=False,
+                admission=admission,
+            )
+        except Exception as error:
+            if failed is not None:
+                failed(error)
+            raise
         record(report)
         if report.fusions:
             gm.recompile()
         if report.dump_dir is not None and _torchair_api.lowers_to_ge(package, compiler_config):
-            ge_dump.direct(compiler_config, report.dump_dir)
+            _torchair_api.dump_ge_graph(compiler_config, report.dump_dir)
 
     key = hashlib.sha256(f"{config.cache_key()} {_digest(earlier)}".encode()).hexdigest()
     scope: dict[str, Any] = {"_run": run, "__name__": __name__}
@@ -77,6 +83,33 @@ def make_pass(
     made.npu_fusion_earlier = (earlier,)
     made.npu_fusion_config = config
     return made
+
+
+def compile_with(
+    backend: Callable[..., Callable[..., Any]],
+    settings: Any,
+    package: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: FusionConfig,
+    name: str,
+    record: Callable[[FusionReport], None],
+) -> Callable[..., Any]:
+    """Compile with ``backend(compiler_config=settings)`` of ``package``, the pipeline set in ``settings``.
+
+    What the pipeline raises is raised as it is.
+    """
+    errors: list[Exception] = []
+    earlier = _torchair_api.given_pass(settings)
+    fusion_pass = make_pass(config, package, record, earlier, lambda: name, errors.append)
+    setattr(settings, _torchair_api.PASS, fusion_pass)
+    try:
+        with _torchair_api.without_cpu_kernels():
+            return backend(compiler_config=settings)(gm, inputs)
+    except Exception:
+        if errors:
+            raise errors[0] from None
+        raise
 
 
 def attach(compiler_config: Any, config: FusionConfig, record: Callable[[FusionReport], None]) -> None:

@@ -78,19 +78,18 @@ def lowers_to_ge(package: str, compiler_config: Any) -> bool:
     return package == "torchair" and compiler_config.mode.value == "max-autotune"
 
 
-class GeDump:
-    """Has torchair write each GE graph as text into the folder of that graph's report."""
+def dump_ge_graph(compiler_config: Any, folder: str) -> None:
+    """Have torchair write the GE graph as text into ``folder``, that of the graph's report; a dump that the
+    user has configured stays where it is."""
+    graph_dump = compiler_config.debug.graph_dump
+    if not graph_dump.enabled or graph_dump.path in _directed:
+        graph_dump.type = "pbtxt"
+        graph_dump.path = folder
+        _directed.add(graph_dump.path)
 
-    def __init__(self) -> None:
-        self._ours = False
 
-    def direct(self, compiler_config: Any, folder: str) -> None:
-        """From now on into ``folder``; a dump that the user has configured stays where it is."""
-        graph_dump = compiler_config.debug.graph_dump
-        if not graph_dump.enabled or self._ours:
-            self._ours = True
-            graph_dump.type = "pbtxt"
-            graph_dump.path = folder
+_directed: set[str] = set()
+"""Where graphs of this process were written by :func:`dump_ge_graph`; any other path is the user's."""
 
 
 def label_streams(gm: fx.GraphModule, package: str) -> None:

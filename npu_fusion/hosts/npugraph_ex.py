@@ -12,7 +12,7 @@ from torch import fx
 
 from npu_fusion.config import FusionConfig
 from npu_fusion.hosts import _torchair_api
-from npu_fusion.hosts._ascend_pass import make_pass
+from npu_fusion.hosts._ascend_pass import compile_with
 from npu_fusion.report import FusionReport
 
 
@@ -41,11 +41,8 @@ def compile_graph(
     a dict of its options."""
     npugraph_ex = _torchair_api.load("npugraph_ex")
     settings = settings_of(compiler_config)
-    fusion_pass = make_pass(config, "npugraph_ex", record, _torchair_api.given_pass(settings), lambda: name)
-    setattr(settings, _torchair_api.PASS, fusion_pass)
     if _torchair_api.offline():
         settings.force_eager = True
-    backend = npugraph_ex.get_npu_backend(compiler_config=settings)
-    with _torchair_api.without_cpu_kernels():
-        compiled: Callable[..., Any] = backend(gm, inputs)
-    return compiled
+    return compile_with(
+        npugraph_ex.get_npu_backend, settings, "npugraph_ex", gm, inputs, config, name, record
+    )

@@ -14,7 +14,7 @@ from torch import fx
 
 from npu_fusion.config import FusionConfig
 from npu_fusion.hosts import _torchair_api
-from npu_fusion.hosts._ascend_pass import make_pass
+from npu_fusion.hosts._ascend_pass import compile_with
 from npu_fusion.report import FusionReport
 
 
@@ -29,11 +29,6 @@ def compile_graph(
     """Compile with torchair as ``compiler_config`` (``torchair.CompilerConfig``) says; it is not changed."""
     torchair = _torchair_api.load("torchair")
     settings = torchair.CompilerConfig() if compiler_config is None else _torchair_api.clone(compiler_config)
-    fusion_pass = make_pass(config, "torchair", record, _torchair_api.given_pass(settings), lambda: name)
-    setattr(settings, _torchair_api.PASS, fusion_pass)
     if _torchair_api.offline():
         settings.debug.run_eagerly = True
-    backend = torchair.get_npu_backend(compiler_config=settings)
-    with _torchair_api.without_cpu_kernels():
-        compiled: Callable[..., Any] = backend(gm, inputs)
-    return compiled
+    return compile_with(torchair.get_npu_backend, settings, "torchair", gm, inputs, config, name, record)

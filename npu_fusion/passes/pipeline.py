@@ -38,6 +38,7 @@ from npu_fusion.passes.compose._mla_pairs import kept_pairs
 from npu_fusion.passes.pattern import FUSIONS, Context, Fusion, Hazards, source_of
 from npu_fusion.passes.rewrite import Admission, Rewriter
 from npu_fusion.passes.terms import Term, TermGraph
+from npu_fusion.passes.values import complete
 from npu_fusion.passes.verify import FusionVerificationError
 from npu_fusion.report import FusionReport, Refusal
 from npu_fusion.targets import missing, resolve
@@ -52,9 +53,13 @@ class FusionError(RuntimeError):
 
 
 class FusionExpectationError(RuntimeError):
-    """The number of fusions is not the one that ``FusionConfig.expect`` asks for."""
+    """The number of fusions is not the one that ``FusionConfig.expect`` asks for.
 
-    def __init__(self, message: str, report: FusionReport) -> None:
+    ``report`` has the account. torchair raises what a pass raises again, made from the text alone: from a
+    graph that torchair compiles with an enabled configuration it is None.
+    """
+
+    def __init__(self, message: str, report: FusionReport | None = None) -> None:
         super().__init__(message)
         self.report = report
 
@@ -120,6 +125,7 @@ def _run_stages(
     clock = time.perf_counter
     started = clock()
     try:
+        complete(graph)
         view = TermGraph(graph)
         target = resolve(config)
         if admission is None and target is not None:

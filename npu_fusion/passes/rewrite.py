@@ -241,9 +241,9 @@ class Rewriter:
 
     def emitter(self, inputs: Iterable[fx.Node], outputs: Sequence[fx.Node]) -> Emitter:
         """Where a replacement goes: before the first output, or after the last input where that is later."""
-        first = min(outputs)
+        inputs, first = list(inputs), min(outputs)
         latest = max(inputs, default=None)
-        emitter = Emitter(self, template=outputs[0])
+        emitter = Emitter(self, outputs[0], frozenset(inputs))
         if latest is None or latest < first:
             emitter.before = first
         else:
@@ -345,9 +345,13 @@ def _tensor_meta(value: torch.Tensor) -> TensorMetadata:
 class Emitter:
     """Creates the nodes of one replacement, each with its fake value and the labels of what it replaces."""
 
-    def __init__(self, rewriter: Rewriter, template: fx.Node) -> None:
+    def __init__(
+        self, rewriter: Rewriter, template: fx.Node, inputs: frozenset[fx.Node] = frozenset()
+    ) -> None:
         self.rewriter = rewriter
         self.template = template
+        self.inputs = inputs
+        """What the replaced nodes read."""
         self.before: fx.Node = template
         self.nodes: list[fx.Node] = []
 
@@ -385,7 +389,9 @@ class Emitter:
 
     def term(self, term: Term, dtype: torch.dtype | None = None) -> fx.Node:
         """The node that holds ``term``, made if it exists only inside another node; cast to ``dtype``."""
-        node = next((n for n in term.nodes if n not in self.rewriter.dead), term.node)
+        live = [n for n in term.nodes if n not in self.rewriter.dead]
+        # Of equal values the one that the source reads: another may be computed in another stream.
+        node = next((n for n in live if n in self.inputs), live[0] if live else term.node)
         if node is None:
             if term.op == "cast":
                 node = self.term(term.args[0])

@@ -111,6 +111,69 @@ def test_a_pass_of_the_user_runs_first_and_his_configuration_is_not_changed() ->
     assert dict(torchair.configs.compiler_config._get_all_leaf_properties(config)) == before
 
 
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead", "npugraph_ex"])
+def test_an_expectation_that_is_not_met_is_raised_with_its_report(mode: str) -> None:
+    host = "npugraph_ex" if mode == "npugraph_ex" else "torchair"
+    config = None
+    if host == "torchair":
+        config = torchair.CompilerConfig()
+        config.mode = mode
+    backend = npu_fusion.get_npu_backend(config, {"expect": {"npu_swiglu": 2}}, host=host)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="npu_swiglu: 1 instead of 2") as raised:
+        _run(backend)
+    error = raised.value.inner_exception
+    assert isinstance(error, npu_fusion.FusionExpectationError)
+    assert error.report is not None and error.report.fused == {"npu_swiglu": 1}
+
+
+def test_an_expectation_in_an_enabled_configuration() -> None:
+    config = npu_fusion.enable(torchair.CompilerConfig(), {"expect": {"npu_swiglu": 2}})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="npu_swiglu: 1 instead of 2") as raised:
+        _run(torchair.get_npu_backend(compiler_config=config))
+    assert isinstance(raised.value.inner_exception, npu_fusion.FusionExpectationError)
+
+
+def test_a_pass_of_the_user_need_not_give_fake_values() -> None:
+    def user_pass(gm: torch.fx.GraphModule, example_inputs: Any, config: Any) -> None:
+        (mul,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+        with gm.graph.inserting_after(mul):
+            doubled = gm.graph.call_function(torch.ops.aten.add.Tensor, (mul, mul))
+        mul.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+
+    config = torchair.CompilerConfig()
+    config.post_grad_custom_pre_pass = user_pass
+    backend = npu_fusion.get_npu_backend(config, {"strict": True})
+    torch.testing.assert_close(_run(backend, dynamic=True), 2 * swiglu(x), rtol=0, atol=0)
+    assert backend.reports[0].fused == {"npu_swiglu": 1}
+
+
+def test_each_graph_has_its_ge_graph_beside_its_report(tmp_path: Path) -> None:
+    config = torchair.CompilerConfig()
+    config.debug.run_eagerly = True
+    for folder in ("a", "b"):
+        torch._dynamo.reset()
+        npu_fusion.enable(config, {"dump_dir": str(tmp_path / folder)})
+        _run(torchair.get_npu_backend(compiler_config=config))
+        assert len(list((tmp_path / folder).rglob("*.pbtxt"))) == 1
+
+
+def swiglu_of_a_value_that_another_stream_has_too(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torchair.scope.npu_stream_switch("1"):
+        total = x.cos().sum()
+    with torchair.scope.npu_stream_switch("2"):
+        y = swiglu(x.cos())
+    return total, y
+
+
+def test_a_fused_operator_reads_what_its_own_stream_computed(tmp_path: Path) -> None:
+    backend = npu_fusion.get_npu_backend(torchair.CompilerConfig(), {"dump_dir": str(tmp_path)})
+    _run(backend, swiglu_of_a_value_that_another_stream_has_too)
+    (report,) = backend.reports
+    assert report.fused == {"npu_swiglu": 1}
+    code = report.stages[-1][1]
+    assert code.count("aten.cos.default") == 2
+
+
 def test_enable_adds_to_a_configuration_of_torchair() -> None:
     calls: list[str] = []
     config = torchair.CompilerConfig()

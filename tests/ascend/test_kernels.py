@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ REFUSED = {
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("alone") / "results.pt"
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-m", "tests.ascend._on_cpu", file], check=True, cwd=root)
+    command = [sys.executable, "-m", "tests.ascend._on_cpu", file]
+    without_torch_npu = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    subprocess.run(command, check=True, cwd=root, env=without_torch_npu)
     loaded: dict[str, Any] = torch.load(file)
     return loaded
 

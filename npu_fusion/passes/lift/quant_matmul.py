@@ -170,13 +170,6 @@ def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -
     assert dtype is not None
     x1, x2 = product.args
     given = [x1, x2, bias, *found.per_channel, *found.per_token, *found.numbers]
-    constraints: list[Constraint] = []
-    target = resolve(context.config)
-    if target is not None:
-        most = target.quant_matmul_width
-        for size in (x1.shape[-1], x2.shape[-1]):
-            reason = f"the last dimension of an operand is larger than {most}"
-            constraints.append(Constraint(context.sizes.at_most(size, most), reason, f"it is {size}"))
 
     def build(e: Emitter) -> list[fx.Node]:
         rows = e.term(x1)
@@ -192,7 +185,17 @@ def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -
         return [e.call(_QUANT_MATMUL, rows, e.term(x2), scale, **arguments)]
 
     inputs = [t for t in given if isinstance(t, Term)]
-    return Match(inputs, [[term]], build, walk.drift, constraints)
+    return Match(inputs, [[term]], build, walk.drift, _widths(product, context))
+
+
+def _widths(product: Term, context: Context) -> list[Constraint]:
+    target = resolve(context.config)
+    if target is None:
+        return []
+    most = target.quant_matmul_width
+    reason = f"the last dimension of an operand is larger than {most}"
+    sizes = [operand.shape[-1] for operand in product.args]
+    return [Constraint(context.sizes.at_most(size, most), reason, f"it is {size}") for size in sizes]
 
 
 def _int32(product: Term, context: Context) -> Match | None:
@@ -208,7 +211,7 @@ def _int32(product: Term, context: Context) -> Match | None:
         one = e.shared("a scale of one", lambda: e.full([1], 1.0))
         return [accumulator(e, product, one, context)]
 
-    return Match(product.args, [[product]], build)
+    return Match(product.args, [[product]], build, constraints=_widths(product, context))
 
 
 def output_dtype(dtype: torch.dtype, context: Context) -> int | torch.dtype:
