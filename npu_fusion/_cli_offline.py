@@ -61,8 +61,8 @@ def _lower(arguments: argparse.Namespace) -> int:
             cann=arguments.cann,
         )
     except FusionExpectationError as error:
-        assert error.report is not None
-        error.report.print()
+        if error.report is not None:
+            error.report.print()
         raise
     except offline.LoweringError as error:
         print(f"npu-fusion: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import npu_fusion
 from npu_fusion import _cli_offline
@@ -13,6 +14,7 @@ from npu_fusion._cli_model import FACTORY, UsageError, add_options, fusion_confi
 from npu_fusion.backend import HOSTS
 from npu_fusion.hosts.offline import OfflineError
 from npu_fusion.passes.pipeline import FusionExpectationError
+from npu_fusion.report import FusionReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,8 +91,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     try:
         report = npu_fusion.explain(model, *args, dynamic=arguments.dynamic, fusion_config=config, **kwargs)
     except FusionExpectationError as error:
-        assert error.report is not None
-        report, unmet = error.report, error
+        report, unmet = cast(FusionReport, error.report), error
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
