@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -137,8 +138,10 @@ class FusionConfig:
         return dataclasses.replace(self, **changes)
 
     def cache_key(self) -> str:
-        """Stable over processes: hash of the package's code and of every field that changes a graph."""
+        """Stable over processes: hash of the package's code, of the torch_npu at hand, whose operators are
+        then the ones in a graph, and of every field that changes a graph."""
         content = dataclasses.asdict(self)
+        content["torch_npu"] = getattr(sys.modules.get("torch_npu"), "__version__", None)
         for only_shows in ("dump_dir", "expect"):
             content.pop(only_shows)
         text = json.dumps([fingerprint(), content], sort_keys=True)

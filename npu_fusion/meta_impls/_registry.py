@@ -40,6 +40,8 @@ class Operator:
     cpu: Callable[..., Any] | None = field(default=None)
     copying: str | None = field(default=None)
     """For an operator that returns the argument it writes: the one that returns a copy instead."""
+    beside: bool = field(default=False)
+    """Whether torch_npu has defined it, with this schema: its Meta kernel is then the one in effect."""
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -132,6 +134,8 @@ def register_all() -> None:
                 op.overload.py_functionalize_impl(_functionalized(OPERATORS[op.copying]))
             if _import_order.PACKAGE not in sys.modules:
                 _import_order.refuse_torch_npu_from_now_on()
+        else:
+            op.beside = _same_schema(op)
         if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) for key in _FAKE_KEYS):
             fake = _as_defined(op, op.fake)
             if fake is not None:
@@ -142,8 +146,15 @@ def register_all() -> None:
                 library.impl(op.name, kernel, "CPU")
 
 
+def _same_schema(op: Operator) -> bool:
+    # By text: schemas that only differ in ScalarType and int are equal.
+    return str(_declared(op)) == str(op.overload._schema)
+
+
+def _declared(op: Operator) -> torch.FunctionSchema:
+    return torch._C.parse_schema(f"{NAMESPACE}::{op.schema}")
+
+
 def _as_defined(op: Operator, function: Callable[..., Any]) -> Callable[..., Any] | None:
     """``function``, written for the schema declared here, for the schema that the operator has."""
-    declared, defined = torch._C.parse_schema(f"{NAMESPACE}::{op.schema}"), op.overload._schema
-    # By text: schemas that only differ in ScalarType and int are equal.
-    return function if str(declared) == str(defined) else adapted(op.name, function, defined, declared)
+    return function if _same_schema(op) else adapted(op.name, function, op.overload._schema, _declared(op))

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Mod
 
 from npu_fusion.passes.terms import Size, sizes_of
 
@@ -112,12 +112,21 @@ def _find_shape_env(graph: fx.Graph) -> Any:
     return None
 
 
+def _of_entries(stride: Size) -> Size:
+    """A stride without the ``Max(1, size)`` that PyTorch writes, for the strides of empty tensors."""
+    if not isinstance(stride, sympy.Expr):
+        return stride
+    return stride.replace(
+        lambda e: isinstance(e, (sympy.Max, Max)) and len(e.args) == 2 and e.args[0] == 1, lambda e: e.args[1]
+    )
+
+
 def row_major(value: torch.Tensor) -> bool:
     """Is the tensor known to be contiguous? (``is_contiguous()`` may install guards.)"""
     expected: Size = 1
     sizes, strides = sizes_of(value.shape), sizes_of(value.stride())
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and sympy.expand(stride - expected) != 0:
+        if size != 1 and sympy.expand(_of_entries(stride) - expected) != 0:
             return False
         expected = expected * size
     return True

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from npu_fusion import _compat
+from npu_fusion.meta_impls._registry import NAMESPACE, OPERATORS
 from npu_fusion.passes.checks import row_major
 from npu_fusion.passes.scopes import SCOPE
 from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
@@ -274,7 +275,9 @@ class Rewriter:
         if key not in self._fakes:
             fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             with self.fake_mode or contextlib.nullcontext():
-                self._fakes[key] = target(*fake_args, **fake_kwargs)
+                result = target(*fake_args, **fake_kwargs)
+                _require_same_types(target, fake_args, fake_kwargs, result)
+            self._fakes[key] = result
         return self._fakes[key]
 
     def size_node(self, size: sympy.Expr, before: fx.Node) -> fx.Node | None:
@@ -287,6 +290,29 @@ class Rewriter:
                     self._size_nodes.setdefault(size_of(value), node)
         found = self._size_nodes.get(size)
         return found if found is not None and found < before else None
+
+
+def _require_same_types(target: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Refuse a call of torch_npu's operator whose Meta kernel says other dtypes than ours.
+
+    npu_mla_prolog always gives bfloat16 there; a compiler for the CPU would take the float32 of our kernel
+    for that.
+    """
+    declared = None
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+        declared = OPERATORS.get(target.name().partition("::")[2])
+    if declared is None or not declared.beside:
+        return
+    theirs, ours = ([t.dtype for t in _tensors(r)] for r in (result, declared.fake(*args, **kwargs)))
+    if theirs != ours:
+        raise RewriteError(
+            f"{declared.name} of torch_npu returns {theirs}, for these inputs it should be {ours}"
+        )
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    values = result if isinstance(result, (tuple, list)) else [result]
+    return [v for v in values if isinstance(v, torch.Tensor)]
 
 
 def _form(node: fx.Node) -> Any:
@@ -306,6 +332,11 @@ def _signature_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_signature_of(v) for v in value)
     return (type(value), value)
+
+
+def _place(node: fx.Node) -> tuple[Any, Any]:
+    """Stream and scope that a node runs in."""
+    return node.meta.get("stream_label"), node.meta.get(SCOPE)
 
 
 def _without_defaults(
@@ -390,8 +421,10 @@ class Emitter:
     def term(self, term: Term, dtype: torch.dtype | None = None) -> fx.Node:
         """The node that holds ``term``, made if it exists only inside another node; cast to ``dtype``."""
         live = [n for n in term.nodes if n not in self.rewriter.dead]
-        # Of equal values the one that the source reads: another may be computed in another stream.
-        node = next((n for n in live if n in self.inputs), live[0] if live else term.node)
+        # Of equal values none that only another stream or scope computes, unless the source reads it.
+        here = _place(self.template)
+        near = (n for n in live if n.op == "placeholder" or n in self.inputs or _place(n) == here)
+        node = next(near, live[0] if live else term.node)
         if node is None:
             if term.op == "cast":
                 node = self.term(term.args[0])
@@ -418,8 +451,7 @@ class Emitter:
         """What ``build`` makes, made once for all replacements that ask with the same ``key`` and run in the
         same stream and scope."""
         known = self.rewriter.shared_nodes
-        labels = (self.template.meta.get(label) for label in ("stream_label", SCOPE))
-        key = (key, *labels)
+        key = (key, _place(self.template))
         if key not in known:
             known[key] = build()
         elif not known[key] < self.before:

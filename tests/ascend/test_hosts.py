@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,26 @@ def test_what_torchair_raises_reaches_the_user() -> None:
     backend = npu_fusion.get_npu_backend(compiler_config=torchair.CompilerConfig())
     with pytest.raises(Exception, match="matrix_exp"):
         _run(backend, unsupported)
+
+
+def test_an_operator_that_torch_npu_types_otherwise_is_not_emitted() -> None:
+    """torch_npu's Meta of npu_mla_prolog says bfloat16 for whatever it is given."""
+    from tests.passes._mla import Dims, Spelling
+    from tests.passes.test_mla_prolog_spellings import Decoder, decoded
+
+    dims = Dims(B=1, S=1, page=16, pages=2)
+    model = Decoder(Spelling(), dims)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        expected = decoded(model, dims, 4)
+        backend = npu_fusion.get_npu_backend(host="inductor")
+        got = decoded(torch.compile(model, backend=backend), dims, 4)
+    assert got[0] == expected[0]
+    assert not any("mla_prolog" in name for name in backend.reports[0].fused)
+    refused = [r.detail for r in backend.reports[0].refused if r.fusion == "mla_prolog"]
+    assert refused and all("of torch_npu returns" in detail for detail in refused)
+
+
+def test_torch_npu_is_in_the_key_of_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = npu_fusion.FusionConfig().cache_key()
+    monkeypatch.delitem(sys.modules, "torch_npu")
+    assert npu_fusion.FusionConfig().cache_key() != beside

@@ -66,7 +66,7 @@ class Decode(nn.Module):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_mla_decode(dynamic: bool) -> None:
-    model = load_byte_mla()
+    model = load_byte_mla(torch.bfloat16)  # torch_npu's npu_mla_prolog takes nothing else
     npu_fusion.prepare(model)
     layers = len(model.layers)
     batch = 6  # another than the number of heads: torchair compares sizes where it derives views
@@ -84,6 +84,7 @@ def test_mla_decode(dynamic: bool) -> None:
     assert (counts["AddRmsNorm"], counts["SwiGlu"], counts["Assign"]) == (2 * layers, layers, 2 * layers)
     if dynamic:
         assert_dynamic(got, "MlaPrologV3", "AddRmsNorm", "SwiGlu")
-    torch.testing.assert_close(got.result, got.expected, rtol=0, atol=1e-3)
+    # Two units in the last place of the largest value; what lower() compares with it is equal.
+    torch.testing.assert_close(got.result, got.expected, rtol=0, atol=0.25)
     for have, want in zip(caches, eager, strict=True):
-        torch.testing.assert_close(have, want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(have, want, rtol=0, atol=0.125)

@@ -35,6 +35,7 @@ import torch
 from torch import fx
 
 from npu_fusion.meta_impls._dtypes import enum_value
+from npu_fusion.passes.checks import Truth
 from npu_fusion.passes.lift.dequant import (
     Dequantized,
     channel_scale,
@@ -211,7 +212,8 @@ def _int32(product: Term, context: Context) -> Match | None:
         one = e.shared("a scale of one", lambda: e.full([1], 1.0))
         return [accumulator(e, product, one, context)]
 
-    return Match(product.args, [[product]], build, constraints=_widths(product, context))
+    refuted = [c for c in _widths(product, context) if c.truth is Truth.NO]  # the product cannot stay
+    return Match(product.args, [[product]], build, constraints=refuted)
 
 
 def output_dtype(dtype: torch.dtype, context: Context) -> int | torch.dtype:
