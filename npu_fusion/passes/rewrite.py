@@ -7,6 +7,7 @@ New nodes are inserted and uses are redirected; the nodes that fell out of use s
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -344,16 +345,13 @@ def _without_defaults(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call as a traced one looks: without arguments that are at their default. Patterns of others compare
     with that."""
-    schema = getattr(target, "_schema", None)
-    if schema is None:
+    defaults = _defaults(target)
+    if not defaults:
         return args, kwargs
-    arguments = schema.arguments
+    names = list(defaults)
     given = len(args)
-    while (
-        given and not arguments[given - 1].kwarg_only and _is_default(arguments[given - 1], args[given - 1])
-    ):
+    while given and _is_default(defaults[names[given - 1]], args[given - 1]):
         given -= 1
-    defaults = {a.name: a for a in arguments}
     return args[:given], {
         name: value
         for name, value in kwargs.items()
@@ -361,9 +359,19 @@ def _without_defaults(
     }
 
 
-def _is_default(argument: torch.Argument, value: Any) -> bool:
-    default = argument.default_value
-    return argument.has_default_value() and type(value) is type(default) and bool(value == default)
+_NO_DEFAULT = object()
+
+
+@functools.cache  # a schema makes its arguments anew at every look
+def _defaults(target: Any) -> dict[str, Any]:
+    """Name of each argument of an operator, in order -> its default."""
+    schema = getattr(target, "_schema", None)
+    arguments = () if schema is None else schema.arguments
+    return {a.name: a.default_value if a.has_default_value() else _NO_DEFAULT for a in arguments}
+
+
+def _is_default(default: Any, value: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
 
 
 def _tensor_meta(value: torch.Tensor) -> TensorMetadata:
