@@ -14,7 +14,6 @@ conversion of every node. *GE operators* are those of the lowered graph but cons
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import tempfile
 import time
@@ -29,9 +28,9 @@ import torchair
 import npu_fusion
 from benchmarks.graphs import build
 from npu_fusion.config import fusion_flags
+from npu_fusion.hosts.offline._child import ge_operators
 
 FORMS, LAYERS, REPEATS = ("npu", "plain"), (8, 61), 3
-_OPERATOR = re.compile(r'^    op: "([^"]+)"$', re.MULTILINE)
 _UNCOUNTED = ("Const", "Data", "NetOutput")
 
 
@@ -67,7 +66,7 @@ def lowered(model: torch.nn.Module, args: tuple[Any, ...], fused: bool) -> Lower
             return next(line for line in str(error.inner_exception).splitlines() if "Error: " in line)
         (report,) = backend.reports
         (graph,) = Path(folder).glob("*.pbtxt")
-        kinds = _OPERATOR.findall(graph.read_text(encoding="utf-8"))
+        kinds = ge_operators(graph)
     torchair_seconds = ended[0] - report.began - report.seconds
     return Lowered(report.seconds, torchair_seconds, sum(kind not in _UNCOUNTED for kind in kinds))
 

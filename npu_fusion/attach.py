@@ -25,12 +25,13 @@ def enable(compiler_config: C, fusion_config: FusionConfig | Mapping[str, Any] |
 
     Raises ``TypeError`` for any other object.
     """
-    if _torchair_api.package_of(compiler_config) is None:
+    package = _torchair_api.package_of(compiler_config)
+    if package is None:
         raise TypeError(
             f"compiler_config is a {type(compiler_config).__name__}; accepted: torchair.CompilerConfig or "
             "npugraph_ex.CompilerConfig (for Inductor: get_npu_backend(compiler_config={...}))"
         )
-    attach(compiler_config, FusionConfig.make(fusion_config), RECORDED.append)
+    attach(compiler_config, package, FusionConfig.make(fusion_config), RECORDED.append)
     return compiler_config
 
 

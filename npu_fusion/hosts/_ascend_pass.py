@@ -100,9 +100,7 @@ def compile_with(
     What the pipeline raises is raised as it is.
     """
     errors: list[Exception] = []
-    earlier = _torchair_api.given_pass(settings)
-    fusion_pass = make_pass(config, package, record, earlier, lambda: name, errors.append)
-    setattr(settings, _torchair_api.PASS, fusion_pass)
+    attach(settings, package, config, record, lambda: name, errors.append)
     try:
         with _torchair_api.without_cpu_kernels():
             return backend(compiler_config=settings)(gm, inputs)
@@ -112,13 +110,19 @@ def compile_with(
         raise
 
 
-def attach(compiler_config: Any, config: FusionConfig, record: Callable[[FusionReport], None]) -> None:
-    """Set the pipeline as the pass of a ``CompilerConfig`` of torchair or npugraph_ex; a pass that is set
-    already runs first."""
-    package = _torchair_api.package_of(compiler_config)
-    assert package is not None, type(compiler_config)
+def attach(
+    compiler_config: Any,
+    package: str,
+    config: FusionConfig,
+    record: Callable[[FusionReport], None],
+    name: Callable[[], str] | None = None,
+    failed: Callable[[Exception], None] | None = None,
+) -> None:
+    """Set the pipeline as the pass of a ``CompilerConfig`` of ``package``; a pass that is set already runs
+    first. The rest is as in :func:`make_pass`."""
     earlier = _torchair_api.given_pass(compiler_config)
-    setattr(compiler_config, _torchair_api.PASS, make_pass(config, package, record, earlier))
+    made = make_pass(config, package, record, earlier, name, failed)
+    setattr(compiler_config, _torchair_api.PASS, made)
 
 
 def _digest(value: Any) -> str:

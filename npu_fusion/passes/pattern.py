@@ -321,7 +321,7 @@ class Region:
 
     def hazard(self, context: Context) -> Refused | None:
         """Mutation of what the region reads, or stream labels that it crosses."""
-        labels = {_stream(n) for n in self.nodes}
+        labels = {scopes.stream_of(n) for n in self.nodes}
         if len(labels) > 1:
             shown = ", ".join(sorted(repr(label) for label in labels))
             return Refused("the nodes run on different streams", f"stream labels {shown}")
@@ -388,14 +388,6 @@ def _ignores_value(user: fx.Node) -> bool:
     return user.target is torch.ops.aten._assert_tensor_metadata.default or _is_empty(user)
 
 
-def _stream(node: fx.Node) -> Any:
-    label = node.meta.get("stream_label")
-    custom = node.meta.get("custom")
-    if isinstance(custom, dict) and custom.get("stream") is not None:
-        return (label, custom["stream"])
-    return label
-
-
 class Hazards:
     """Nodes that write to memory, begin and end scopes, or order streams; found once per graph."""
 
@@ -409,12 +401,12 @@ class Hazards:
 
     def between(self, region: Region, end: fx.Node) -> Refused | None:
         """Does a node up to the region's end write what the region reads, after the region began?"""
-        for event in self.events:
-            if min(region.nodes) < event < end:
-                return Refused("a stream records or waits for an event in between", event.name)
-        if not self.writers and not self.markers:
+        if not self.writers and not self.markers and not self.events:
             return None
         start, first = min(region.nodes), min(region.outputs)
+        event = next((event for event in self.events if start < event < end), None)
+        if event is not None:
+            return Refused("a stream records or waits for an event in between", event.name)
         last = max(region.inputs, default=start)
         if last > first and any(first < node < last for node in self.markers):
             return Refused(

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from npu_fusion import _compat
 from npu_fusion.meta_impls._registry import NAMESPACE, OPERATORS
 from npu_fusion.passes.checks import row_major
-from npu_fusion.passes.scopes import SCOPE
+from npu_fusion.passes.scopes import SCOPE, place_of
 from npu_fusion.passes.terms import Size, Term, TermGraph, size_of, sizes_of
 
 aten = torch.ops.aten
@@ -335,11 +335,6 @@ def _signature_of(value: Any) -> Any:
     return (type(value), value)
 
 
-def _place(node: fx.Node) -> tuple[Any, Any]:
-    """Stream and scope that a node runs in."""
-    return node.meta.get("stream_label"), node.meta.get(SCOPE)
-
-
 def _without_defaults(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -430,8 +425,8 @@ class Emitter:
         """The node that holds ``term``, made if it exists only inside another node; cast to ``dtype``."""
         live = [n for n in term.nodes if n not in self.rewriter.dead]
         # Of equal values none that only another stream or scope computes, unless the source reads it.
-        here = _place(self.template)
-        near = (n for n in live if n.op == "placeholder" or n in self.inputs or _place(n) == here)
+        here = place_of(self.template)
+        near = (n for n in live if n.op == "placeholder" or n in self.inputs or place_of(n) == here)
         node = next(near, live[0] if live else term.node)
         if node is None:
             if term.op == "cast":
@@ -459,7 +454,7 @@ class Emitter:
         """What ``build`` makes, made once for all replacements that ask with the same ``key`` and run in the
         same stream and scope."""
         known = self.rewriter.shared_nodes
-        key = (key, _place(self.template))
+        key = (key, place_of(self.template))
         if key not in known:
             known[key] = build()
         elif not known[key] < self.before:

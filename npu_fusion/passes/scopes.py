@@ -59,6 +59,20 @@ def label(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     return markers, events
 
 
+def stream_of(node: fx.Node) -> Any:
+    """The stream that a node runs in, by the labels of torchair and of Dynamo."""
+    label = node.meta.get("stream_label")
+    custom = node.meta.get("custom")
+    if isinstance(custom, dict) and custom.get("stream") is not None:
+        return (label, custom["stream"])
+    return label
+
+
+def place_of(node: fx.Node) -> tuple[Any, Any]:
+    """Stream and scope that a node runs in."""
+    return stream_of(node), node.meta.get(SCOPE)
+
+
 def _kind(node: fx.Node) -> str | None:
     """enter, exit, begin, end; None for what is no marker."""
     if node.op != "call_function":

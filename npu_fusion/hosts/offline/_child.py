@@ -119,12 +119,17 @@ def _compare(expected: list[Any], result: list[Any]) -> tuple[float, float]:
     return difference, largest
 
 
+def ge_operators(dumped: Path) -> list[str]:
+    """The operator of every node of a GE graph that torchair has written as text."""
+    return _GE_OPERATOR.findall(dumped.read_text(encoding="utf-8"))
+
+
 def _graph(folder: Path) -> dict[str, Any]:
     """Count operators in torchair's file; its name has the time in it, and becomes one that never changes."""
     operators: Counter[str] = Counter()
     for number, path in enumerate(sorted(folder.glob("dynamo_*.pbtxt"), key=lambda p: p.stat().st_mtime_ns)):
         named = path.rename(folder / (f"ge_{number}.pbtxt" if number else "ge.pbtxt"))
-        operators.update(_GE_OPERATOR.findall(named.read_text(encoding="utf-8")))
+        operators.update(ge_operators(named))
     return {"folder": folder.name, "operators": dict(sorted(operators.items()))}
 
 
@@ -148,7 +153,3 @@ def _explained(error: Exception) -> str:
 def _brief(error: BaseException) -> str:
     text = re.split(r"\n\s*\n|\nTraceback |\nWhile executing", str(error).strip())[0]
     return f"{type(error).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    main()
