@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 JOBS ?= 2
+# Installation compiles the CPU kernels, so it is made again when their sources change.
+PACKAGE := pyproject.toml setup.py constraints.txt npu_fusion/kernels/cpu/_build.py $(wildcard npu_fusion/kernels/cpu/src/*)
 
 .PHONY: help demo test test-all test-ascend lint types bench clean
 help:
@@ -16,12 +18,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch is named in the same command as the package: a range alone would take the newest build.
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: $(PACKAGE) | $(BIN)/python
 	@echo "installing torch and the demo's packages into $(VENV) (once, a few minutes) ..."
 	$(PIP) -r constraints.txt -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(PACKAGE) | $(BIN)/python
 	@echo "installing torch and the test tools into $(VENV) (once, a few minutes) ..."
 	$(PIP) -r constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo

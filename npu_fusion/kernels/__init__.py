@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 
+from npu_fusion.meta_impls._calls import use
+
+__all__ = ["load", "use"]
+
 
 def load() -> None:
     """Import the kernels, which register themselves with the operators of :mod:`npu_fusion.meta_impls`."""
-    importlib.import_module("npu_fusion.kernels.reference")
+    for room in ("reference", "cpu"):
+        importlib.import_module(f"npu_fusion.kernels.{room}")

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from npu_fusion.meta_impls import _import_order
+from npu_fusion.meta_impls._calls import checked
 from npu_fusion.meta_impls._released import adapted
 
 NAMESPACE = "npu"
@@ -38,6 +39,8 @@ class Operator:
     schema: str
     fake: Callable[..., Any]
     cpu: Callable[..., Any] | None = field(default=None)
+    compiled: Callable[..., Any] | None = field(default=None)
+    """The fast CPU kernel; returns NotImplemented for calls that it does not take."""
     copying: str | None = field(default=None)
     """For an operator that returns the argument it writes: the one that returns a copy instead."""
     beside: bool = field(default=False)
@@ -78,31 +81,27 @@ def operator(schema: str, *, copying: str | None = None) -> Callable[[F], F]:
 
 
 def cpu_kernel(name: str) -> Callable[[F], F]:
-    """Give the operator ``name`` its CPU kernel. The kernel may rely on the checks of the fake:
-    :func:`register_all` runs the fake's argument checks first on every call."""
+    """Give the operator ``name`` its CPU kernel, the reference. It may rely on the checks of the fake, which
+    run first (``_calls.py``)."""
+    return _kernel(name, "cpu")
 
+
+def compiled_kernel(name: str) -> Callable[[F], F]:
+    """Give the operator ``name`` its fast CPU kernel, which is asked before the reference and may rely on the
+    same checks. It returns NotImplemented for calls that it does not take."""
+    return _kernel(name, "compiled")
+
+
+def _kernel(name: str, kind: str) -> Callable[[F], F]:
     def decorate(kernel: F) -> F:
         if name not in OPERATORS:
             raise ValueError(f"no operator {name!r} is declared in npu_fusion.meta_impls")
-        if OPERATORS[name].cpu is not None:
-            raise ValueError(f"operator {name!r} has two CPU kernels")
-        OPERATORS[name].cpu = kernel
+        if getattr(OPERATORS[name], kind) is not None:
+            raise ValueError(f"operator {name!r} has two {kind} kernels")
+        setattr(OPERATORS[name], kind, kernel)
         return kernel
 
     return decorate
-
-
-def _checked(op: Operator) -> Callable[..., Any]:
-    """The CPU kernel behind the fake's argument checks, so that eager and traced calls refuse the same."""
-    kernel = op.cpu
-    assert kernel is not None
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        op.fake(*args, **kwargs)
-        return kernel(*args, **kwargs)
-
-    call.__name__ = call.__qualname__ = op.name
-    return call
 
 
 def _functionalized(copying: Operator) -> Callable[..., Any]:
@@ -141,7 +140,7 @@ def register_all() -> None:
             if fake is not None:
                 torch.library.register_fake(qualified, fake, lib=library)
         if op.cpu is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-            kernel = _as_defined(op, _checked(op))
+            kernel = _as_defined(op, checked(op.name, op.fake, op.cpu, op.compiled))
             if kernel is not None:
                 library.impl(op.name, kernel, "CPU")
 
