@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,6 @@ VARIANT = "NPU_FUSION_CPU_VARIANT"
 
 DONE, NO_MEMORY = 0, 1
 """What a kernel returns, with others for refusals: ``Status`` in src/isa.h."""
-
-POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 # The entry points of src/parallel.h, by their names in every OpenMP runtime.
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel")
@@ -48,11 +47,21 @@ class Library:
         self._handle = handle
         self.variant = variant
 
-    def function(self, name: str, *argtypes: type) -> Callable[..., int]:
-        """The kernel ``name`` (``NPU_KERNEL(name)`` in the sources). It releases the GIL while it runs."""
+    def function(self, name: str, fields: str) -> Callable[..., int]:
+        """The kernel ``name`` (``NPU_KERNEL(name)`` in the sources). It releases the GIL while it runs.
+
+        Its one argument in C is a struct whose members have 8 bytes each: ``fields`` has ``q`` for an integer
+        or an address, ``d`` for a double. (ctypes converts an argument for each of 20 parameters in the time
+        that a kernel takes for a token; a packed struct is a tenth of that.)
+        """
         function = getattr(self._handle, f"npu_{name}_{self.variant}")
-        function.argtypes, function.restype = argtypes, ctypes.c_int64
-        return function
+        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+        pack = struct.Struct(f"={fields}").pack
+
+        def call(*values: float) -> int:
+            return function(pack(*values))
+
+        return call
 
 
 def open_library(path: Path = _build.LIBRARY) -> Library:
@@ -111,5 +120,5 @@ def _use_openmp(handle: ctypes.CDLL) -> None:
     except (OSError, AttributeError) as error:
         warnings.warn(f"npu_fusion's CPU kernels run on one thread: no OpenMP runtime ({error})", stacklevel=2)
         return
-    handle.npu_use_openmp.argtypes, handle.npu_use_openmp.restype = [POINTER] * len(_OPENMP), None
+    handle.npu_use_openmp.argtypes, handle.npu_use_openmp.restype = [ctypes.c_void_p] * len(_OPENMP), None
     handle.npu_use_openmp(*entries)

@@ -25,5 +25,5 @@ def floats(x: Tensor) -> Tensor:
     return contiguous(x if x.dtype is torch.float32 else x.float())
 
 
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

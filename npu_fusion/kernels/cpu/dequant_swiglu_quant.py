@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import FLOAT, INT, POINTER, finished, library
+from npu_fusion.kernels.cpu._library import finished, library
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats
 from npu_fusion.meta_impls._dtypes import torch_dtype
 from npu_fusion.meta_impls._registry import compiled_kernel
@@ -19,8 +19,7 @@ from npu_fusion.meta_impls.dequant_swiglu_quant import RINT
 @functools.cache
 def _function() -> Callable[..., int] | None:
     found = library()
-    types = [POINTER, INT, *[POINTER] * 9, *[INT] * 8, *[FLOAT] * 3, INT]
-    return None if found is None else found.function("dequant_swiglu_quant", *types)
+    return None if found is None else found.function("dequant_swiglu_quant", "20q3d")
 
 
 @compiled_kernel("npu_dequant_swiglu_quant")
@@ -52,8 +51,8 @@ def npu_dequant_swiglu_quant(
         return NotImplemented
     width = channels // 2
     x = contiguous(x)
-    y = torch.empty((*tokens, width), dtype=torch.int8)
-    scale = torch.empty(tokens, dtype=torch.float32)
+    y = torch.empty(*tokens, width, dtype=torch.int8)
+    scale = torch.empty(*tokens, dtype=torch.float32)
     groups = 1 if group_index is None else group_index.shape[0]
     quant_step = 1
     if weight_scale is not None:
@@ -95,9 +94,9 @@ def npu_dequant_swiglu_quant(
         quant_mode,
         round_mode or RINT,
         swiglu_mode,
+        torch.get_num_threads(),
         clamp_limit,
         glu_alpha,
         glu_bias,
-        torch.get_num_threads(),
     )
     return (y, scale) if finished(status) else NotImplemented

@@ -18,22 +18,21 @@ enum SwiGlu : int64_t { HALVES = 0, INTERLEAVED_CLIPPED = 1, HALVES_CLIPPED = 2 
 // Rows are handed to threads in parts of at least this many bytes of x: below, waking a thread costs more.
 constexpr int64_t GRAIN = 1 << 16;
 
+// The order of the fields is that of ../dequant_swiglu_quant.py.
 struct Call {
-    const void* x;               // [T, 2H]
+    const void* x;  // [T, 2H]
+    int64_t x_type;
     const float* weight_scale;   // [G, 2H], null for floating-point x
     const float* token_scale;    // [T] or null
     const int32_t* int_bias;     // [G, 2H] or null
     const float* float_bias;     // [G, 2H] or null
-    const float* quant_scale;    // [G, H] (or [G, 1] where quant_step is 0) or null
+    const float* quant_scale;    // [G, H] ([G, 1] where quant_step is 0) or null
     const float* quant_offset;   // like quant_scale
     const int64_t* group_index;  // [G] or null
     int8_t* y;                   // [T, H]
     float* scale;                // [T]
-    int64_t rows, width, groups, quant_step;
-    bool activate_left, dynamic;
-    int64_t round_mode;
-    SwiGlu swiglu;
-    float limit, alpha, bias;
+    int64_t rows, width, groups, quant_step, activate_left, dynamic, round_mode, swiglu, threads;
+    double limit, alpha, bias;
 };
 
 // One row's x in fp32, dequantized.
@@ -82,9 +81,10 @@ struct Row {
 
 NPU_INLINE vf clipped_gate(const Call& c, vf act, vf lin) {
     // The comparisons keep a NaN, as clamp does.
-    act = select(act > c.limit, set(c.limit), act);
-    lin = select(lin > c.limit, set(c.limit), select(lin < -c.limit, set(-c.limit), lin));
-    return gate(act, c.alpha) * (lin + c.bias);
+    const float limit = c.limit, alpha = c.alpha, bias = c.bias;
+    act = select(act > limit, set(limit), act);
+    lin = select(lin > limit, set(limit), select(lin < -limit, set(-limit), lin));
+    return gate(act, alpha) * (lin + bias);
 }
 
 // out[0..H) = the gated row, times the smoothing scale in dynamic mode; returns the largest magnitude.
@@ -114,7 +114,12 @@ vi gated(const Call& c, const Row<In>& row, const float* smooth, float* out, flo
     };
     vi amax{};
     int64_t j = 0;
-    for (; j + W <= h; j += W) amax = max(amax, step(j));
+    const auto* next = row.x + 2 * h;
+    for (; j + W <= h; j += W) {
+        __builtin_prefetch(next + j, 0, 2);
+        __builtin_prefetch(next + h + j, 0, 2);
+        amax = max(amax, step(j));
+    }
     if (j < h) {
         // Elements beyond the row's end are made of zeros, but not zero where a bias is: they do not count.
         vi last = step(j, h - j);
@@ -141,7 +146,7 @@ void quantize_static(const Call& c, int64_t group, const float* s, int8_t* y) {
 }
 
 template <class In, SwiGlu swiglu>
-Status run(const Call& c, int64_t threads) {
+Status run(const Call& c) {
     const int64_t h = c.width;
     const int64_t used = [&] {
         if (!c.group_index) return c.rows;
@@ -153,7 +158,7 @@ Status run(const Call& c, int64_t threads) {
 
     int failed = 0;
     const int64_t grain = GRAIN / (2 * h * int64_t{sizeof(In)} + 1) + 1;
-    parallel_for(c.rows, threads, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(c.rows, c.threads, grain, [&](int64_t begin, int64_t end) {
         const int64_t floats = swiglu == INTERLEAVED_CLIPPED ? 3 * h : h;
         float* buffer = static_cast<float*>(std::malloc(sizeof(float) * floats));
         if (!buffer) {
@@ -188,31 +193,23 @@ Status run(const Call& c, int64_t threads) {
 }
 
 template <class In>
-Status of_swiglu(const Call& c, int64_t threads) {
+Status of_swiglu(const Call& c) {
     switch (c.swiglu) {
-        case HALVES: return run<In, HALVES>(c, threads);
-        case INTERLEAVED_CLIPPED: return run<In, INTERLEAVED_CLIPPED>(c, threads);
-        default: return run<In, HALVES_CLIPPED>(c, threads);
+        case HALVES: return run<In, HALVES>(c);
+        case INTERLEAVED_CLIPPED: return run<In, INTERLEAVED_CLIPPED>(c);
+        default: return run<In, HALVES_CLIPPED>(c);
     }
 }
 
 }  // namespace
 }  // namespace npu
 
-NPU_KERNEL(dequant_swiglu_quant)
-(const void* x, int64_t x_type, const float* weight_scale, const float* token_scale, const int32_t* int_bias,
- const float* float_bias, const float* quant_scale, const float* quant_offset, const int64_t* group_index, int8_t* y,
- float* scale, int64_t rows, int64_t width, int64_t groups, int64_t quant_step, int64_t activate_left, int64_t dynamic,
- int64_t round_mode, int64_t swiglu_mode, float limit, float alpha, float bias, int64_t threads) {
+NPU_KERNEL(dequant_swiglu_quant)(const npu::Call* c) {
     using namespace npu;
-    Call c{x,          weight_scale, token_scale,        int_bias,     float_bias, quant_scale,
-           quant_offset, group_index,  y,                  scale,        rows,       width,
-           groups,     quant_step,   activate_left != 0, dynamic != 0, round_mode, static_cast<SwiGlu>(swiglu_mode),
-           limit,      alpha,        bias};
-    switch (x_type) {
-        case INT32: return of_swiglu<int32_t>(c, threads);
-        case BFLOAT16: return of_swiglu<bf16>(c, threads);
-        case HALF: return of_swiglu<half>(c, threads);
+    switch (c->x_type) {
+        case INT32: return of_swiglu<int32_t>(*c);
+        case BFLOAT16: return of_swiglu<bf16>(*c);
+        case HALF: return of_swiglu<half>(*c);
         default: return REFUSED;
     }
 }

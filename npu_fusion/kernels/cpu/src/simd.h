@@ -118,7 +118,15 @@ NPU_INLINE T load_bytes(const void* p, int64_t bytes) {
     return x;
 }
 
-NPU_INLINE vf widen(vu16 x, bf16) { return bits<vf>(__builtin_convertvector(x, vu) << 16); }
+NPU_INLINE vf widen(vu16 x, bf16) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#else
+    return bits<vf>(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 NPU_INLINE vf widen(vu16 x, half) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps((__m256i)x);
@@ -146,7 +154,14 @@ NPU_INLINE vu16 narrow(vf x, bf16) {
     vu b = bits<vu>(x);
     vu rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     vu is_nan = (vu)(x != x);
-    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vu16);
+    vu y = (rounded & ~is_nan) | (is_nan & 0x7fc0);
+#if defined(__AVX512F__)
+    return (vu16)_mm512_cvtepi32_epi16((__m512i)y);
+#elif defined(__AVX2__)
+    return (vu16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)y), _mm256_extracti128_si256((__m256i)y, 1));
+#else
+    return __builtin_convertvector(y, vu16);
+#endif
 }
 NPU_INLINE vu16 narrow(vf x, half) {
 #if defined(__AVX512F__)
@@ -177,11 +192,25 @@ constexpr float ROUNDER = 12582912.0f;
 
 NPU_INLINE vf rint(vf x) { return (x + ROUNDER) - ROUNDER; }
 
-// x rounded half to even, saturated to int8; NaN gives 0.
+// x rounded half to even, saturated to int8; NaN gives 0. (GCC converts 32-bit vectors to bytes one by one.)
 NPU_INLINE vi8 to_int8(vf x) {
+#if defined(__AVX512F__)
+    __mmask16 known = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    // Above the range of int32 the conversion gives its smallest value, so only that side has to be clamped.
+    return (vi8)_mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(known, min(x, set(127.0f))));
+#elif defined(__AVX2__)
+    vf known = _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q));
+    __m256i y = _mm256_cvtps_epi32(min(known, set(127.0f)));
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    return bits<vi8>(_mm_cvtsi128_si64(_mm_packs_epi16(words, words)));
+#elif defined(__aarch64__)
+    int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(x));
+    return bits<vi8>(vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(words, words))), 0));
+#else
     vf known = bits<vf>(bits<vi>(x) & (vi)(x == x));
     vf y = min(set(127.0f), max(set(-128.0f), known)) + ROUNDER;
     return __builtin_convertvector(bits<vi>(y), vi8);
+#endif
 }
 NPU_INLINE void store(int8_t* p, vi8 x, int64_t n = W) { std::memcpy(p, &x, n); }
 
