@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Final, Literal
 
 import torch
@@ -43,6 +44,28 @@ class _Choice:
 
 
 CHOICE = _Choice()
+
+
+# Set while a graph runs that was compiled with numerics="strict".
+_REFERENCE_ONLY: ContextVar[bool] = ContextVar("npu_fusion_reference_only", default=False)
+
+
+def fast() -> bool:
+    """Whether the next call may run another kernel than the reference."""
+    return CHOICE.kind == "compiled" and not _REFERENCE_ONLY.get()
+
+
+def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, with the reference kernels for every operator that it calls."""
+
+    def run(*args: Any) -> Any:
+        token = _REFERENCE_ONLY.set(True)
+        try:
+            return function(*args)
+        finally:
+            _REFERENCE_ONLY.reset(token)
+
+    return run
 
 
 class use:
@@ -101,7 +124,7 @@ def checked(
                 if len(passed) >= _REMEMBERED:
                     passed.clear()
                 passed.add(key)
-        if compiled is not None and CHOICE.kind == "compiled":
+        if compiled is not None and fast():
             result = compiled(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -41,6 +41,8 @@ class Operator:
     cpu: Callable[..., Any] | None = field(default=None)
     compiled: Callable[..., Any] | None = field(default=None)
     """The fast CPU kernel; returns NotImplemented for calls that it does not take."""
+    cuda: Callable[..., Any] | None = field(default=None)
+    """The CUDA kernel, with the same freedom; an operator without one is not there on CUDA."""
     copying: str | None = field(default=None)
     """For an operator that returns the argument it writes: the one that returns a copy instead."""
     beside: bool = field(default=False)
@@ -92,6 +94,11 @@ def compiled_kernel(name: str) -> Callable[[F], F]:
     return _kernel(name, "compiled")
 
 
+def cuda_kernel(name: str) -> Callable[[F], F]:
+    """Give the operator ``name`` its CUDA kernel, as :func:`compiled_kernel` does for the CPU."""
+    return _kernel(name, "cuda")
+
+
 def _kernel(name: str, kind: str) -> Callable[[F], F]:
     def decorate(kernel: F) -> F:
         if name not in OPERATORS:
@@ -139,10 +146,14 @@ def register_all() -> None:
             fake = _as_defined(op, op.fake)
             if fake is not None:
                 torch.library.register_fake(qualified, fake, lib=library)
-        if op.cpu is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-            kernel = _as_defined(op, checked(op.name, op.fake, op.cpu, op.compiled))
+        for key, fast in (("CPU", op.compiled), ("CUDA", op.cuda)):
+            if op.cpu is None or (key == "CUDA" and fast is None):
+                continue
+            if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+                continue
+            kernel = _as_defined(op, checked(op.name, op.fake, op.cpu, fast))
             if kernel is not None:
-                library.impl(op.name, kernel, "CPU")
+                library.impl(op.name, kernel, key)
 
 
 def _same_schema(op: Operator) -> bool:
