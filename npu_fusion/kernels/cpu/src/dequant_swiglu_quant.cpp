@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "math.h"
+#include "memory.h"
 #include "parallel.h"
 #include "quantize.h"
 #include "simd.h"
@@ -156,6 +157,7 @@ Status run(const Call& c) {
     }();
     if (used > c.rows) return REFUSED;
 
+    expect_writes(c.y, c.rows * h);
     int failed = 0;
     const int64_t grain = GRAIN / (2 * h * int64_t{sizeof(In)} + 1) + 1;
     parallel_for(c.rows, c.threads, grain, [&](int64_t begin, int64_t end) {
