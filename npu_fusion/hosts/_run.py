@@ -6,6 +6,7 @@ from torch import fx
 
 from npu_fusion import _trace, dump
 from npu_fusion.config import FusionConfig
+from npu_fusion.hosts import _cpu_products
 from npu_fusion.passes import pipeline
 from npu_fusion.passes.rewrite import Admission
 from npu_fusion.report import FusionReport
@@ -33,6 +34,8 @@ def optimize(
         keep_stages=directory is not None or _trace.tracing(),
         admission=admission,
     )
+    if report.fusions and not config.dry_run and host in ("inductor", "eager"):
+        _cpu_products.use_compiled(graph)
     if directory is not None:
         dump.write(report, directory)
     _trace.log_report(report)
