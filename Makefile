@@ -7,11 +7,12 @@ JOBS ?= 2
 # Installation compiles the CPU kernels, so it is made again when their sources change.
 PACKAGE := pyproject.toml setup.py constraints.txt npu_fusion/kernels/cpu/_build.py $(wildcard npu_fusion/kernels/cpu/src/*)
 
-.PHONY: help demo test test-all test-ascend lint types bench clean
+.PHONY: help demo test test-all test-ascend test-triton lint types bench clean
 help:
 	@echo "make demo      install into $(VENV) and run the main job on the CPU"
 	@echo "make test      install and run the tests (test-all: the slow ones too)"
 	@echo "make test-ascend   the tests with the real torch_npu, on any Linux (downloads 45 MB once)"
+	@echo "make test-triton   the tests of the GPU kernels, without a GPU (downloads 200 MB once)"
 	@echo "make lint      ruff;  make types: mypy;  make bench: the tables of docs/performance.md"
 
 $(BIN)/python:
@@ -42,6 +43,16 @@ test-ascend: $(VENV)/.dev
 	$(BIN)/npu-fusion offline-setup
 	$(BIN)/python -m npu_fusion.hosts.offline -- $(BIN)/python -m pytest -n $(JOBS) tests/ascend
 
+# The triton that torch 2.13 pins. In a folder of its own: where it is installed, every torch.compile loads it.
+$(VENV)/triton: | $(VENV)/.dev
+	$(PIP) --no-deps --target $@ triton==3.7.1
+
+# The interpreter runs the kernels, the compiler makes machine code of them; neither does the other's work.
+test-triton: export PYTHONPATH := $(abspath $(VENV)/triton)
+test-triton: $(VENV)/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/triton
+	$(BIN)/python -m pytest -n $(JOBS) tests/kernels/triton
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +62,8 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.passes
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.end_to_end
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis npu_fusion_dump *.egg-info

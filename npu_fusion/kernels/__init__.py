@@ -11,5 +11,5 @@ __all__ = ["load", "use"]
 
 def load() -> None:
     """Import the kernels, which register themselves with the operators of :mod:`npu_fusion.meta_impls`."""
-    for room in ("reference", "cpu"):
+    for room in ("reference", "cpu", "triton"):
         importlib.import_module(f"npu_fusion.kernels.{room}")

@@ -45,6 +45,9 @@ def npu_quant_matmul(
 
 def int8_matmul(x1: Tensor, x2: Tensor) -> Tensor:
     """``x1 @ x2`` of int8 operands, exactly, as contiguous int32 (sums beyond 32 bits wrap)."""
+    if x1.device.type != "cpu":
+        # CUDA multiplies no int32 matrices, and int8 ones of some sizes only. float64 holds every sum exactly.
+        return torch.matmul(x1.double(), x2.double()).to(torch.int64).to(torch.int32).contiguous()
     if not _fast_product_is_exact():
         return torch.matmul(x1.to(torch.int32), x2.to(torch.int32)).contiguous()
     rows, inner = x1.shape[-2:]
