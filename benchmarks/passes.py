@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import re
 import statistics
 import sys
 import time
@@ -35,13 +34,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 from torch._inductor import pattern_matcher
 from torch._inductor.virtualized import V
 
 from benchmarks.graphs import FORMS, MLA, Captured, capture
 from npu_fusion import FusionConfig, _compat
+from npu_fusion.bench.table import Rows, update
 from npu_fusion.passes import pipeline
 from npu_fusion.quantization.modules.w8a8_linear import quantize_rows
 
@@ -266,28 +265,6 @@ def fit(costs: Sequence[Cost]) -> Fit | None:
     return Fit(intercept, slope, ((y2 - y1) / (x2 - x1)) / ((y1 - y0) / (x1 - x0)))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A table, however it is shown."""
-
-    name: str
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def rich(self) -> Table:
-        shown = Table(*self.header, title=self.title, title_justify="left")
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for row in self.rows:
-            shown.add_row(*row)
-        return shown
-
-    def markdown(self) -> str:
-        align = ["---", *("---:" for _ in self.header[1:])]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, align, *self.rows))
-
-
 def tables(depth: Sequence[Cost], growth: Sequence[Cost]) -> list[Rows]:
     """All tables: cost at one depth, the comparison, growth, limits."""
     result = [_cost_table(depth), _comparison(depth)]
@@ -404,22 +381,6 @@ def _limits(depth: Iterable[Cost], growth: Sequence[Cost]) -> Rows:
     return Rows("limits", "Against the limits", ("what", "limit", "measured", "met"), rows)
 
 
-def update(document: str, shown: Sequence[Rows]) -> str:
-    """``document`` with these tables between their marks.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    for rows in shown:
-        begin, end = f"<!-- passes: {rows.name} -->", "<!-- end -->"
-        marked = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
-        if marked.search(document) is None:
-            raise ValueError(f"the document has no {begin!r} ... {end!r}")
-        content = f"{begin}\n{rows.markdown()}\n{end}"
-        document = marked.sub(lambda _, content=content: content, document)
-    return document
-
-
 # -- running it ---------------------------------------------------------------------------------------
 
 
@@ -473,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [measured[GROWTH_FORM, count] for count in sorted(arguments.layers)],
     )
     if arguments.update is not None:
-        arguments.update.write_text(update(arguments.update.read_text(), shown))
+        arguments.update.write_text(update(arguments.update.read_text(), "passes", shown))
     elif arguments.markdown:
         print("\n\n".join(f"{rows.title}:\n\n{rows.markdown()}" for rows in shown))
     else:

@@ -1,1 +1,1 @@
-"""What the kernels cost on this machine: ``npu-fusion bench``, and the long form in ``benchmarks/kernels.py``."""
+"""What the kernels cost on this machine: ``npu-fusion bench``; the long form is ``benchmarks/kernels.py``."""

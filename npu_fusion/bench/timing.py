@@ -12,8 +12,11 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 BLOCK = 0.001
 """Seconds: a call that takes less is repeated."""
@@ -45,18 +48,20 @@ class Times:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     seconds: float = 1.0,
     *,
     rounds: tuple[int, int] = (FEWEST_ROUNDS, MOST_ROUNDS),
-) -> dict[str, Times]:
+    block: float = BLOCK,
+) -> dict[Name, Times]:
     """Time all ``calls``, taking turns, for about ``seconds`` together, but within these numbers of rounds.
 
-    Each is called once beforehand, untimed. What a call returns is dropped before the next one.
+    Each is called a few times beforehand, untimed. What a call returns is dropped before the next one. With
+    ``block`` 0 nothing is repeated: no call finds in the caches what it has just used itself.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
-    undisturbed: dict[str, list[float]] = {name: [] for name in calls}
-    disturbed: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = {name: _repeats(call, block) for name, call in calls.items()}
+    undisturbed: dict[Name, list[float]] = {name: [] for name in calls}
+    disturbed: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls)
     fewest, most = rounds
     ends = time.perf_counter() + seconds
@@ -72,10 +77,10 @@ def interleaved(
     return {name: Times(tuple(undisturbed[name]), tuple(disturbed[name])) for name in calls}
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], object], block: float) -> int:
     call()
     least = min(_block(call, 1) for _ in range(3))
-    return max(1, min(MOST_REPEATS, round(BLOCK / max(least, 1e-9))))
+    return max(1, min(MOST_REPEATS, round(block / max(least, 1e-9))))
 
 
 def _block(call: Callable[[], object], repeats: int) -> float:

@@ -161,10 +161,10 @@ def test_a_changed_graph_with_nothing_to_fuse_misses_its_limit() -> None:
 def test_tables_go_between_their_marks() -> None:
     rows = passes.Rows("cost", "title", ("a", "b"), [("1", "2")])
     document = "x\n<!-- passes: cost -->\nold\n<!-- end -->\ny\n<!-- passes: limits -->\nkept\n<!-- end -->\n"
-    updated = passes.update(document, [rows])
+    updated = passes.update(document, "passes", [rows])
     assert updated == document.replace("old", "| a | b |\n| --- | ---: |\n| 1 | 2 |")
     with pytest.raises(ValueError, match="passes: growth"):
-        passes.update(document, [dataclasses.replace(rows, name="growth")])
+        passes.update(document, "passes", [dataclasses.replace(rows, name="growth")])
 
 
 @pytest.mark.slow
