@@ -98,11 +98,21 @@ NPU_INLINE float sum(vf x) {
 }
 
 NPU_INLINE int32_t largest(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i y = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+#elif defined(__aarch64__)
+    return vmaxvq_s32(x);
+#else
     int32_t each[W];
     std::memcpy(each, &x, sizeof x);
     for (int width = W / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) each[i] = each[i] > each[i + width] ? each[i] : each[i + width];
     return each[0];
+#endif
 }
 
 // The bits of |x|. As integers they are ordered as the numbers are, and a NaN is above infinity: their maximum
