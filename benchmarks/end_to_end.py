@@ -19,6 +19,10 @@ bfloat16                    not quantized, compiled by Inductor
 .., freezing                Inductor's ``freezing``: weights are constants, packed for its kernels
 =========================== ==============================================================================
 
+Attention is the same code for all: PyTorch's ``scaled_dot_product_attention`` for a prompt, two matrix
+products per key-value head for a step, which for one token is twenty times as fast on a CPU and would be the
+first thing that anybody changes.
+
 torchao is asked for only by its own variants (``pip install torchao``); without it they are left out. A
 decode step is one compiled call with a static cache (64 tokens in it, 128 places) for one token of each
 sequence; a prefill is 512 tokens of one sequence without a cache, of which the last one's logits are
@@ -45,7 +49,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+from transformers.masking_utils import eager_mask
 
 import npu_fusion
 from npu_fusion.bench.table import Rows, update
@@ -150,6 +155,27 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in VARIANTS if found or not name.startswith("torchao"))
 
 
+def _attention_of_steps(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query [B, N, S, D], key and value [B, N_kv, S_kv, D], a mask.
+
+    The heads that share a key are rows of one product: key and value are not repeated.
+    """
+    batch, heads, length, width = query.shape
+    shared = key.shape[1]
+    rows = query.reshape(batch, shared, heads // shared * length, width)
+    scores = torch.matmul(rows, key.transpose(-1, -2)) * scaling
+    scores = scores.view(batch, shared, heads // shared, length, -1) + mask.unsqueeze(1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype).flatten(2, 3)
+    out = torch.matmul(weights, value).view(batch, heads, length, width)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("steps", _attention_of_steps)
+AttentionMaskInterface.register("steps", eager_mask)
+
+
 class _Step(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -176,6 +202,7 @@ def call(variant: str, model: nn.Module, scenario: Scenario) -> Callable[[], Ten
     if not scenario.cached:
         return functools.partial(_compiled(variant, _Prompt(model)), tokens)
     cache = _cache(model, scenario.batch)
+    model.set_attn_implementation("steps")
     _Step(model)(tokens, cache)
     step, last = _compiled(variant, _Step(model)), tokens[:, -1:].clone()
 
@@ -223,7 +250,7 @@ _PRODUCTS = (
     "onednn::",
     "npu::npu_quant_matmul",
 )
-_ATTENTION = ("aten::_scaled_dot_product",)
+_ATTENTION = ("aten::_scaled_dot_product", "aten::bmm")
 _FUSED = ("npu::",)
 
 

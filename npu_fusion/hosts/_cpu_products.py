@@ -4,10 +4,10 @@
 
     %p = _int_mm(%q, %w)      ->      %p = npu_quant_matmul(%q, %w, full([1], 1), output_dtype=int32)
 
-What stands before npu_dequant_swiglu_quant is such a product: the fusion takes its int32 result. PyTorch's own
-kernel is several times slower for a few tokens (docs/performance.md), and both are exact, so this is a choice
-of a kernel, not a fusion: it is in no report. Done where graphs run on the CPU, compiled kernels are there and
-something was fused: a graph in which nothing fuses is left as it came.
+What stands before npu_dequant_swiglu_quant is such a product: the fusion takes its int32 result. PyTorch's
+own kernel is several times slower for a few tokens (docs/performance.md), and both are exact, so this is a
+choice of a kernel, not a fusion: it is in no report. Done where graphs run on the CPU, compiled kernels are
+there and something was fused: a graph in which nothing fuses is left as it came.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """One call of an operator with data: the fake's argument checks, then the fastest kernel that takes it.
 
     torch.ops.npu.X(..) ──▶ fake's checks (once per signature) ──▶ compiled kernel ──▶ result
-                                    │ raises                            │ NotImplemented
+                                    │ raises                            │ NotImplemented, strict, autograd
                                     ▼                                   ▼
                                ValueError                       reference kernel ──▶ result
 
 A fake reads no data, so what it says of a call holds for every call with the same signature: the shapes,
-dtypes and strides of the tensors and the values of everything else. The signatures that passed are remembered.
+dtypes and strides of the tensors and the values of everything else. Signatures that passed are remembered.
 """
 
 from __future__ import annotations
@@ -107,6 +107,13 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] 
     return tuple(key)
 
 
+def _differentiated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether autograd records this call: the reference kernels are differentiable, the others are not."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+    )
+
+
 def checked(
     name: str,
     fake: Callable[..., Any],
@@ -124,7 +131,7 @@ def checked(
                 if len(passed) >= _REMEMBERED:
                     passed.clear()
                 passed.add(key)
-        if compiled is not None and fast():
+        if compiled is not None and fast() and not _differentiated(args, kwargs):
             result = compiled(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -107,7 +107,7 @@ def npu_dequant_swiglu_quant(
     * ``quant_scale``: float32, float16 or bfloat16, [G, H], or [H] where G is 1; static mode also takes one
       scalar per group, [G] or [G, 1];
     * ``quant_offset``: static mode only, dtype and shape of ``quant_scale``;
-    * ``group_index``: int64 [G], at least 0 each; their sum must not exceed T;
+    * ``group_index``: int64 [G], G above 0, each count at least 0; their sum must not exceed T;
     * ``quant_mode``: 0 static, 1 dynamic;
     * ``dst_type``: None or 1 int8, 24 or 292 float8_e4m3fn, 23 or 291 float8_e5m2;
     * ``round_mode``: None or 0 half to even, 1 half away from zero, 2 floor, 3 ceil, 4 truncate (float8: only
@@ -137,6 +137,7 @@ def npu_dequant_swiglu_quant(
     if group_index is not None:
         check_rank(OP, "group_index", group_index, 1, 1)
         groups = group_index.shape[0]
+        check_size(groups > 0, OP, "group_index is empty; accepted: one group or more")
     _check_dequant(x, weight_scale, activation_scale, bias, groups, channels)
     _check_quant(quant_scale, quant_offset, quant_mode, groups, shape[-1])
 

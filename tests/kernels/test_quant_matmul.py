@@ -86,6 +86,17 @@ def test_strided_operands_and_fresh_contiguous_results() -> None:
     assert torch.equal(x2, before[1])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_what_torch_multiplies_wrongly(rows: int) -> None:
+    """``torch._int_mm`` misreads repeated rows, and a single column with the strides of its transpose."""
+    one = torch.ones(1)
+    x1, x2 = int8(1, 70).expand(rows, 70), int8(40, 70).t()
+    column, row = int8(rows, 1), int8(24, 1).t()
+    for left, right in ((x1, x2), (column, row)):
+        result = quant_matmul(left, right, one, output_dtype=INT32)
+        assert torch.equal(result, left.int() @ right.int())
+
+
 def test_int32_output_ignores_the_scale_and_adds_an_int32_bias() -> None:
     x1, x2, bias = int8(3, 8), int8(8, 4), torch.randint(-1000, 1000, (4,), dtype=torch.int32)
     y = quant_matmul(x1, x2, torch.rand(4), bias=bias, output_dtype=INT32)

@@ -54,7 +54,9 @@ def test_checks_run_once_for_each_signature(calls: list[str]) -> None:
         assert calls == ["fake", "compiled"]
 
 
-@pytest.mark.parametrize("option, other", [(1, True), (1, 1.0), (0, None), ([1, 2], [2, 1]), ([1], 1), ("a", "b")])
+@pytest.mark.parametrize(
+    "option, other", [(1, True), (1, 1.0), (0, None), ([1, 2], [2, 1]), ([1], 1), ("a", "b")]
+)
 def test_options_are_told_apart(calls: list[str], option: Any, other: Any) -> None:
     call = operator(calls)
     for given in (option, other):
@@ -118,6 +120,26 @@ def test_exactly_is_for_the_calls_inside(calls: list[str]) -> None:
     _calls.exactly(call)(torch.zeros(3))
     call(torch.zeros(3))
     assert calls == ["reference", "compiled"]
+
+
+def test_autograd_gets_the_reference(calls: list[str]) -> None:
+    call = operator(calls)
+    x = torch.zeros(3, requires_grad=True)
+    call(x)
+    with torch.no_grad():
+        call(x)
+    call(x.detach())
+    assert [c for c in calls if c != "fake"] == ["reference", "compiled", "compiled"]
+
+
+def test_gradients_of_an_operator_with_a_compiled_kernel() -> None:
+    x = torch.linspace(-2, 2, 128).view(2, 64).requires_grad_()
+    torch.ops.npu.npu_swiglu(x).sum().backward()
+    got, x.grad = x.grad, None
+    left, right = x.chunk(2, -1)
+    (torch.nn.functional.silu(left) * right).sum().backward()
+    assert got is not None and x.grad is not None
+    torch.testing.assert_close(got, x.grad)
 
 
 @pytest.mark.parametrize("numerics, expected", [("strict", "reference"), ("accurate", "compiled")])

@@ -118,7 +118,9 @@ def _use_openmp(handle: ctypes.CDLL) -> None:
         runtime = ctypes.CDLL(str(torch_library))
         entries = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in _OPENMP]
     except (OSError, AttributeError) as error:
-        warnings.warn(f"npu_fusion's CPU kernels run on one thread: no OpenMP runtime ({error})", stacklevel=2)
+        warnings.warn(
+            f"npu_fusion's CPU kernels run on one thread: no OpenMP runtime ({error})", stacklevel=2
+        )
         return
     handle.npu_use_openmp.argtypes, handle.npu_use_openmp.restype = [ctypes.c_void_p] * len(_OPENMP), None
     handle.npu_use_openmp(*entries)

@@ -1,5 +1,5 @@
-"""npu_dequant_swiglu_quant at speed (src/dequant_swiglu_quant.cpp). Formula and traps: the file of this name in
-meta_impls. Results in int8 along the last dimension; everything else is the reference's."""
+"""npu_dequant_swiglu_quant at speed (src/dequant_swiglu_quant.cpp). Formula and traps: the file of this name
+in meta_impls. Results in int8 along the last dimension; everything else is the reference's."""
 
 from __future__ import annotations
 

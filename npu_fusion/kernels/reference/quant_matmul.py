@@ -46,12 +46,15 @@ def npu_quant_matmul(
 def int8_matmul(x1: Tensor, x2: Tensor) -> Tensor:
     """``x1 @ x2`` of int8 operands, exactly, as contiguous int32 (sums beyond 32 bits wrap)."""
     if x1.device.type != "cpu":
-        # CUDA multiplies no int32 matrices, and int8 ones of some sizes only. float64 holds every sum exactly.
+        # CUDA multiplies no int32 matrices, and int8 ones of some sizes only. float64 holds every sum.
         return torch.matmul(x1.double(), x2.double()).to(torch.int64).to(torch.int32).contiguous()
     if not _fast_product_is_exact():
         return torch.matmul(x1.to(torch.int32), x2.to(torch.int32)).contiguous()
     rows, inner = x1.shape[-2:]
     columns = x2.size(-1)
+    if inner == 1 or 0 in x1.stride():
+        # torch._int_mm (2.13) returns garbage for one column with strides (1, 1), and for repeated rows.
+        x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))
     if x2.dim() == 2:
         product = torch._int_mm(x1.reshape(x1.shape[:-1].numel(), inner), x2)
         return product.reshape(*x1.shape[:-1], columns)
