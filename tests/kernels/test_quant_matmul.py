@@ -92,7 +92,8 @@ def test_what_torch_multiplies_wrongly(rows: int) -> None:
     one = torch.ones(1)
     x1, x2 = int8(1, 70).expand(rows, 70), int8(40, 70).t()
     column, row = int8(rows, 1), int8(24, 1).t()
-    for left, right in ((x1, x2), (column, row)):
+    repeated = int8(64, 1).expand(64, 33)
+    for left, right in ((x1, x2), (column, row), (int8(rows, 64), repeated)):
         result = quant_matmul(left, right, one, output_dtype=INT32)
         assert torch.equal(result, left.int() @ right.int())
 

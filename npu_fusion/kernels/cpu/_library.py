@@ -36,6 +36,19 @@ def finished(status: int) -> bool:
     return status == DONE
 
 
+class _Fork:
+    """Whether this process is a forked child: its copy of torch's pool has no threads to run anything on."""
+
+    happened = False
+
+    @classmethod
+    def in_child(cls) -> None:
+        cls.happened = True
+
+
+os.register_at_fork(after_in_child=_Fork.in_child)
+
+
 class UnavailableError(Exception):
     """There is no library for this machine and these sources; the message says why and what helps."""
 
@@ -112,6 +125,8 @@ def _variant(handle: ctypes.CDLL) -> str:
 
 def _use_openmp(handle: ctypes.CDLL) -> None:
     """Hand over the runtime that torch uses. Where it has none, kernels stay on one thread."""
+    if _Fork.happened:
+        return
     # A symbol is looked up in a library and in everything that this library was linked to.
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -52,19 +52,27 @@ def int8_matmul(x1: Tensor, x2: Tensor) -> Tensor:
         return torch.matmul(x1.to(torch.int32), x2.to(torch.int32)).contiguous()
     rows, inner = x1.shape[-2:]
     columns = x2.size(-1)
-    if inner == 1 or 0 in x1.stride():
-        # torch._int_mm (2.13) returns garbage for one column with strides (1, 1), and for repeated rows.
-        x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))
     if x2.dim() == 2:
-        product = torch._int_mm(x1.reshape(x1.shape[:-1].numel(), inner), x2)
+        product = torch._int_mm(_plain(x1.reshape(x1.shape[:-1].numel(), inner)), _plain(x2))
         return product.reshape(*x1.shape[:-1], columns)
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
     left = x1.expand(*batch, rows, inner).reshape(batch.numel(), rows, inner)
     right = x2.expand(*batch, inner, columns).reshape(batch.numel(), inner, columns)
     result = torch.empty(batch.numel(), rows, columns, dtype=torch.int32, device=x1.device)
     for index in range(batch.numel()):
-        torch._int_mm(left[index], right[index], out=result[index])
+        torch._int_mm(_plain(left[index]), _plain(right[index]), out=result[index])
     return result.reshape(*batch, rows, columns)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """``x``, a matrix, with strides that ``torch._int_mm`` (2.13) reads right: it returns garbage for repeated
+    rows, and for a single row or column that has the strides of its transpose."""
+    (rows, columns), (down, right) = x.shape, x.stride()
+    if right == 1 and down >= columns:
+        return x
+    if down == 1 and right >= rows and min(rows, columns) > 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache

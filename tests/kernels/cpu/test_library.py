@@ -246,3 +246,20 @@ def test_a_forked_child_computes_alone() -> None:
     printed = in_child(program)
     assert "child: 0\n" in printed
     assert "parent: True\n" in printed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_that_opens_the_library_first_computes_alone() -> None:
+    """The parent has used torch's threads only: nothing of the library noted the fork."""
+    program = """
+    import os, torch, npu_fusion
+    torch.set_num_threads(2)
+    x = torch.randn(512, 4096)
+    torch.relu(x)
+    child = os.fork()
+    if child == 0:
+        y, _ = torch.ops.npu.npu_dynamic_quant(x)
+        os._exit(0 if y.numpy().max() == 127 else 1)
+    print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert "child: 0\n" in in_child(program)

@@ -2,22 +2,14 @@
 //
 // A row of x is read once. Its gated values stay in a buffer of the thread, in the first-level cache, while their
 // largest magnitude is found; a second loop over that buffer quantizes them.
-#include <cstdlib>
-
-#include "isa.h"
 #include "math.h"
-#include "memory.h"
-#include "parallel.h"
-#include "quantize.h"
-#include "simd.h"
+#include "quantize_row.h"
+#include "rows.h"
 
 namespace npu {
 namespace {
 
 enum SwiGlu : int64_t { HALVES = 0, INTERLEAVED_CLIPPED = 1, HALVES_CLIPPED = 2 };
-
-// Rows are handed to threads in parts of at least this many bytes of x: below, waking a thread costs more.
-constexpr int64_t GRAIN = 1 << 16;
 
 // The order of the fields is that of ../dequant_swiglu_quant.py.
 struct Call {
@@ -58,12 +50,12 @@ struct Row<int32_t> {
           scaled_by_token(c.token_scale != nullptr) {}
 
     template <class... N>
-    NPU_INLINE vf value(const Row& r, int64_t at, N... n) {
-        vi acc = npu::load(r.x + at, n...);
-        if (r.int_bias) acc = (vi)((vu)acc + (vu)npu::load(r.int_bias + at, n...));
-        vf d = to_float(acc) * npu::load(r.weight_scale + at, n...);
-        if (r.scaled_by_token) d = d * r.token_scale;
-        if (r.float_bias) d = d + npu::load(r.float_bias + at, n...);
+    NPU_MEMBER vf value(int64_t at, N... n) const {
+        vi acc = load(x + at, n...);
+        if (int_bias) acc = (vi)((vu)acc + (vu)load(int_bias + at, n...));
+        vf d = to_float(acc) * load(weight_scale + at, n...);
+        if (scaled_by_token) d = d * token_scale;
+        if (float_bias) d = d + load(float_bias + at, n...);
         return d;
     }
 };
@@ -75,10 +67,21 @@ struct Row {
     Row(const Call& c, int64_t row, int64_t) : x(static_cast<const In*>(c.x) + row * 2 * c.width) {}
 
     template <class... N>
-    NPU_INLINE vf value(const Row& r, int64_t at, N... n) {
-        return npu::load(r.x + at, n...);
+    NPU_MEMBER vf value(int64_t at, N... n) const {
+        return load(x + at, n...);
     }
 };
+
+// The W (or n) pairs of neighbours from the j-th on.
+template <class In>
+NPU_INLINE Block pairs(const Row<In>& row, int64_t j) {
+    return {row.value(2 * j), row.value(2 * j + W)};
+}
+template <class In>
+NPU_INLINE Block pairs(const Row<In>& row, int64_t j, int64_t n) {
+    if (2 * n <= W) return {row.value(2 * j, 2 * n), vf{}};
+    return {row.value(2 * j), row.value(2 * j + W, 2 * n - W)};
+}
 
 NPU_INLINE vf clipped_gate(const Call& c, vf act, vf lin) {
     // The comparisons keep a NaN, as clamp does.
@@ -90,23 +93,16 @@ NPU_INLINE vf clipped_gate(const Call& c, vf act, vf lin) {
 
 // out[0..H) = the gated row, times the smoothing scale in dynamic mode; returns the largest magnitude.
 template <class In, SwiGlu swiglu>
-vi gated(const Call& c, const Row<In>& row, const float* smooth, float* out, float* pairs) {
+vi gated(const Call& c, const Row<In>& row, const float* smooth, float* out) {
     const int64_t h = c.width;
     const int64_t act_at = c.activate_left ? 0 : h, lin_at = h - act_at;
-    if constexpr (swiglu == INTERLEAVED_CLIPPED) {
-        for (int64_t j = 0; j < 2 * h; j += W) {
-            vf d = 2 * h - j >= W ? Row<In>::value(row, j) : Row<In>::value(row, j, 2 * h - j);
-            float each[W];
-            store(each, d);
-            for (int64_t i = 0; i < W && j + i < 2 * h; ++i) pairs[(j + i) % 2 * h + (j + i) / 2] = each[i];
-        }
-    }
-    auto step = [&](int64_t j, auto... n) __attribute__((always_inline)) {
+    auto step = [&](int64_t j, auto... n) NPU_LAMBDA {
         vf s;
-        if constexpr (swiglu == INTERLEAVED_CLIPPED)
-            s = clipped_gate(c, npu::load(pairs + j, n...), npu::load(pairs + h + j, n...));
-        else {
-            vf act = Row<In>::value(row, act_at + j, n...), lin = Row<In>::value(row, lin_at + j, n...);
+        if constexpr (swiglu == INTERLEAVED_CLIPPED) {
+            Block both = deinterleaved(pairs(row, j, n...));
+            s = clipped_gate(c, both.a, both.b);
+        } else {
+            vf act = row.value(act_at + j, n...), lin = row.value(lin_at + j, n...);
             s = swiglu == HALVES ? silu(act) * lin : clipped_gate(c, act, lin);
         }
         if (smooth) s = s * npu::load(smooth + j, n...);
@@ -116,11 +112,17 @@ vi gated(const Call& c, const Row<In>& row, const float* smooth, float* out, flo
     vi amax{};
     int64_t j = 0;
     const auto* next = row.x + 2 * h;
-    for (; j + W <= h; j += W) {
+    vi other{};
+    for (; j + 2 * W <= h; j += 2 * W) {
         __builtin_prefetch(next + j, 0, 2);
         __builtin_prefetch(next + h + j, 0, 2);
+        __builtin_prefetch(next + j + W, 0, 2);
+        __builtin_prefetch(next + h + j + W, 0, 2);
         amax = max(amax, step(j));
+        other = max(other, step(j + W));
     }
+    amax = max(amax, other);
+    for (; j + W <= h; j += W) amax = max(amax, step(j));
     if (j < h) {
         // Elements beyond the row's end are made of zeros, but not zero where a bias is: they do not count.
         vi last = step(j, h - j);
@@ -137,36 +139,38 @@ void quantize_static(const Call& c, int64_t group, const float* s, int8_t* y) {
     const int64_t h = c.width, step = c.quant_step;
     const float* scale = c.quant_scale ? c.quant_scale + group * (step ? h : 1) : nullptr;
     const float* offset = c.quant_offset ? c.quant_offset + group * (step ? h : 1) : nullptr;
-    for (int64_t j = 0; j < h; j += W) {
-        int64_t n = h - j < W ? h - j : W;
-        vf q = load(s + j, n);
-        if (scale) q = q / (step ? load(scale + j, n) : set(*scale));
-        if (offset) q = q + (step ? load(offset + j, n) : set(*offset));
-        store(y + j, to_int8(whole<rounding>(q)), n);
+    store_row<Natural>(y, h, [&](int64_t j, auto... n) NPU_LAMBDA {
+        Block q = load_raw(s + j);
+        if (scale) q = step ? q / load_block<Natural>(scale + j, n...) : q / *scale;
+        if (offset) q = step ? q + load_block<Natural>(offset + j, n...) : q + *offset;
+        return Block{whole<rounding>(q.a), whole<rounding>(q.b)};
+    });
+}
+
+// y = round(s / scale)
+template <Rounding rounding>
+void quantize_dynamic(float scale, const float* s, int8_t* y, int64_t h) {
+    if (rounding == RINT) {
+        quantize_row<Natural>(scale, y, h, [&](int64_t j, auto...) NPU_LAMBDA { return load_raw(s + j); });
+    } else if (scale == 0.0f) {
+        std::memset(y, 0, h);
+    } else {
+        store_row<Natural>(y, h, [&](int64_t j, auto...) NPU_LAMBDA {
+            Block q = load_raw(s + j) / scale;
+            return Block{whole<rounding>(q.a), whole<rounding>(q.b)};
+        });
     }
 }
 
 template <class In, SwiGlu swiglu>
 Status run(const Call& c) {
     const int64_t h = c.width;
-    const int64_t used = [&] {
-        if (!c.group_index) return c.rows;
-        int64_t sum = 0;
-        for (int64_t g = 0; g < c.groups; ++g) sum += c.group_index[g] > 0 ? c.group_index[g] : 0;
-        return sum;
-    }();
+    int64_t used = c.group_index ? 0 : c.rows;
+    for (int64_t g = 0; c.group_index && g < c.groups; ++g) used += c.group_index[g] > 0 ? c.group_index[g] : 0;
     if (used > c.rows) return REFUSED;
 
     expect_writes(c.y, c.rows * h);
-    int failed = 0;
-    const int64_t grain = GRAIN / (2 * h * int64_t{sizeof(In)} + 1) + 1;
-    parallel_for(c.rows, c.threads, grain, [&](int64_t begin, int64_t end) {
-        const int64_t floats = swiglu == INTERLEAVED_CLIPPED ? 3 * h : h;
-        float* buffer = static_cast<float*>(std::malloc(sizeof(float) * floats));
-        if (!buffer) {
-            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-            return;
-        }
+    return over_rows(c.rows, 2 * h * int64_t{sizeof(In)}, c.threads, h, [&](int64_t begin, int64_t end, float* s) {
         int64_t group = c.group_index ? -1 : 0, group_end = c.group_index ? 0 : c.rows;
         for (int64_t row = begin; row < end; ++row) {
             int8_t* y = c.y + row * h;
@@ -180,18 +184,16 @@ Status run(const Call& c) {
                 group_end += c.group_index[group] > 0 ? c.group_index[group] : 0;
             }
             const float* smooth = c.dynamic && c.quant_scale ? c.quant_scale + group * h : nullptr;
-            vi amax = gated<In, swiglu>(c, Row<In>(c, row, group), smooth, buffer, buffer + h);
-            c.scale[row] = c.dynamic ? symmetric_scale(amax) : 0;
+            vi amax = gated<In, swiglu>(c, Row<In>(c, row, group), smooth, s);
+            const float scale = c.scale[row] = c.dynamic ? symmetric_scale(amax) : 0;
             with_rounding(c.round_mode, [&](auto rounding) {
                 if (c.dynamic)
-                    Divider(c.scale[row]).row<rounding>(buffer, y, h);
+                    quantize_dynamic<rounding>(scale, s, y, h);
                 else
-                    quantize_static<rounding>(c, group, buffer, y);
+                    quantize_static<rounding>(c, group, s, y);
             });
         }
-        std::free(buffer);
     });
-    return failed ? NO_MEMORY : DONE;
 }
 
 template <class In>

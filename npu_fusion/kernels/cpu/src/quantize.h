@@ -50,23 +50,6 @@ class Divider {
         return fma(rest, set(d.reciprocal_), q);
     }
 
-    // y[0..n) = round(x / scale), saturated; NaN gives 0, and so does a scale of 0, as on the device.
-    template <Rounding rounding = RINT>
-    void row(const float* x, int8_t* y, int64_t n) const {
-        if (scale_ == 0.0f) {
-            std::memset(y, 0, n);
-            return;
-        }
-        int64_t j = 0;
-        if (by_division()) {
-            for (; j + W <= n; j += W) store(y + j, to_int8(whole<rounding>(load(x + j) / scale_)));
-            if (j < n) store(y + j, to_int8(whole<rounding>(load(x + j, n - j) / scale_)), n - j);
-            return;
-        }
-        for (; j + W <= n; j += W) store(y + j, to_int8(whole<rounding>(times(load(x + j), *this))));
-        if (j < n) store(y + j, to_int8(whole<rounding>(times(load(x + j, n - j), *this))), n - j);
-    }
-
   private:
     float scale_, reciprocal_;
     bool exact_;

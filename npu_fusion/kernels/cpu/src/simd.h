@@ -200,7 +200,17 @@ NPU_INLINE void store(half* p, vf x, int64_t n = W) {
 // integer in two's complement. |x| must be below 2^22.
 constexpr float ROUNDER = 12582912.0f;
 
-NPU_INLINE vf rint(vf x) { return (x + ROUNDER) - ROUNDER; }
+NPU_INLINE vf rint(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return vrndnq_f32(x);
+#else
+    return (x + ROUNDER) - ROUNDER;
+#endif
+}
 
 // x rounded half to even, saturated to int8; NaN gives 0. (GCC converts 32-bit vectors to bytes one by one.)
 NPU_INLINE vi8 to_int8(vf x) {
