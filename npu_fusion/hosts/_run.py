@@ -7,6 +7,7 @@ from torch import fx
 from npu_fusion import _trace, dump
 from npu_fusion.config import FusionConfig
 from npu_fusion.hosts import _cpu_products
+from npu_fusion.hosts._in_place import write_in_place
 from npu_fusion.passes import pipeline
 from npu_fusion.passes.rewrite import Admission
 from npu_fusion.report import FusionReport
@@ -36,6 +37,8 @@ def optimize(
     )
     if report.fusions and not config.dry_run and host in ("inductor", "eager"):
         _cpu_products.use_compiled(graph)
+        if host == "eager":  # Inductor's own passes come first, see inductor.py
+            write_in_place(graph)
     if directory is not None:
         dump.write(report, directory)
     _trace.log_report(report)

@@ -1,8 +1,9 @@
 """Host ``inductor``: the pipeline is a pass of Inductor, which compiles what is around the fused operators.
 
 The pass sees Inductor's decomposed graph before its own post-grad passes. Its ``uuid`` is made of the package
-version and the config, so Inductor's graph cache never mixes graphs of different configurations. A pass that
-the user has set runs first.
+version and the config, so Inductor's graph cache never mixes graphs of different configurations. A second
+pass, after Inductor's own (which are for functional graphs), lets operators write into their caches. Passes
+that the user has set run first.
 
 When Inductor takes a whole graph out of its cache no pass runs and there would be no report. The report is
 therefore stored beside Inductor's cache and read back; if it is not there, the graph is compiled afresh.
@@ -22,15 +23,45 @@ from torch import fx
 
 from npu_fusion import _compat
 from npu_fusion.config import FusionConfig
+from npu_fusion.hosts._in_place import write_in_place
 from npu_fusion.hosts._run import optimize
 from npu_fusion.passes import pipeline
 from npu_fusion.report import FusionReport
 
-PASS = "post_grad_custom_pre_pass"
+PASS, LAST_PASS = "post_grad_custom_pre_pass", "post_grad_custom_post_pass"
 
 
-class FusionPass(_compat.inference_aware_pass_base()):  # type: ignore[misc]
-    """The pipeline as Inductor wants a pass."""
+class _Pass(_compat.inference_aware_pass_base()):  # type: ignore[misc]
+    """A pass as Inductor wants it; ``before`` are those that the user has set."""
+
+    def __init__(self, config: FusionConfig, inference: bool, before: Any = None) -> None:
+        self.config = config
+        self.inference = inference
+        self.before = _as_list(before)
+
+    def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+        for earlier in self.before:
+            _call_pass(earlier, graph, is_inference)
+        self.run(graph, self.inference if is_inference is None else is_inference)
+
+    def run(self, graph: fx.Graph, inference: bool) -> None:
+        raise NotImplementedError
+
+    def uuid(self) -> Any:
+        earlier = [p.uuid() if hasattr(p, "uuid") else None for p in self.before]
+        if any(u is None for u in earlier):
+            return None  # Inductor then does not cache, as it does for such a pass alone
+        return (
+            "npu_fusion",
+            type(self).__name__,
+            self.config.cache_key(),
+            self.inference,
+            *map(str, earlier),
+        )
+
+
+class FusionPass(_Pass):
+    """The pipeline."""
 
     def __init__(
         self,
@@ -40,27 +71,29 @@ class FusionPass(_compat.inference_aware_pass_base()):  # type: ignore[misc]
         inference: bool,
         before: Any = None,
     ) -> None:
-        self.config = config
+        super().__init__(config, inference, before)
         self.name = name
         self.record = record
-        self.inference = inference
-        self.before = _as_list(before)
+        self.fused = False
 
-    def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
-        for earlier in self.before:
-            _call_pass(earlier, graph, is_inference)
-        inference = self.inference if is_inference is None else is_inference
-        self.record(
-            optimize(
-                graph, self.config, name=self.name, host="inductor", inference=inference, decomposed=True
-            )
+    def run(self, graph: fx.Graph, inference: bool) -> None:
+        report = optimize(
+            graph, self.config, name=self.name, host="inductor", inference=inference, decomposed=True
         )
+        self.fused = bool(report.fusions) and not self.config.dry_run
+        self.record(report)
 
-    def uuid(self) -> Any:
-        earlier = [p.uuid() if hasattr(p, "uuid") else None for p in self.before]
-        if any(u is None for u in earlier):
-            return None  # Inductor then does not cache, as it does for such a pass alone
-        return ("npu_fusion", self.config.cache_key(), self.inference, *map(str, earlier))
+
+class InPlacePass(_Pass):
+    """Caches are written in place, in a graph that ``fusion`` has changed."""
+
+    def __init__(self, fusion: FusionPass, before: Any = None) -> None:
+        super().__init__(fusion.config, fusion.inference, before)
+        self.fusion = fusion
+
+    def run(self, graph: fx.Graph, inference: bool) -> None:
+        if self.fusion.fused:
+            write_in_place(graph)
 
 
 def _as_list(passes: Any) -> list[Any]:
@@ -97,8 +130,9 @@ def compile_graph(
         record(report)
 
     inference = not _compat.may_need_grad(gm, inputs)
-    before = given.pop(PASS, getattr(inductor_config, PASS))
-    options = {**given, PASS: FusionPass(config, name, collect, inference, before)}
+    before, before_last = (given.pop(key, getattr(inductor_config, key)) for key in (PASS, LAST_PASS))
+    fusion = FusionPass(config, name, collect, inference, before)
+    options = {**given, PASS: fusion, LAST_PASS: InPlacePass(fusion, before_last)}
     stored = _stored_report(gm, inputs, options)
     compiled: Any = compile_fx(gm, inputs, config_patches=options)
     if reports:
@@ -123,8 +157,9 @@ def _stored_report(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str,
         else repr(x)
         for x in inputs
     ]
-    settings = {key: value for key, value in options.items() if key != PASS}
-    context = (torch.__version__, torch.is_grad_enabled(), options[PASS].uuid(), sorted(settings.items()))
+    settings = {key: value for key, value in options.items() if key not in (PASS, LAST_PASS)}
+    passes = (options[PASS].uuid(), options[LAST_PASS].uuid())
+    context = (torch.__version__, torch.is_grad_enabled(), passes, sorted(settings.items()))
     key = hashlib.sha256("\0".join([repr(context), gm.code, *described]).encode()).hexdigest()
     return _compat.inductor_cache_dir() / "npu_fusion" / f"{key}.json"
 

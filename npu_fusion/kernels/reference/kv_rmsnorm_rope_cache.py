@@ -58,7 +58,7 @@ def npu_kv_rmsnorm_rope_cache_v2(
     if cache_mode == NORM:
         # Seen as pages, one for each sequence.
         k_cache, ckv_cache = k_cache.transpose(1, 2), ckv_cache.transpose(1, 2)
-    slots = _slots(index, k_cache.size(1), kv.size(2), cache_mode)
+    slots = token_slots(index, k_cache.size(1), kv.size(2), cache_mode)
     for cache, rows, scale, offset in (
         (k_cache, k_embed, k_rope_scale, k_rope_offset),
         (ckv_cache, y, c_kv_scale, c_kv_offset),
@@ -71,7 +71,7 @@ def npu_kv_rmsnorm_rope_cache_v2(
     return k_embed.to(kv.dtype), y.to(kv.dtype)
 
 
-def _slots(index: Tensor, size: int, tokens: int, cache_mode: str) -> Tensor:
+def token_slots(index: Tensor, size: int, tokens: int, cache_mode: str) -> Tensor:
     """The slot of each token, for pages of ``size`` rows."""
     if cache_mode == NORM:
         if index.numel() and int(index.max()) >= size:

@@ -97,13 +97,13 @@ def _write(c: Call, kv_rows: Tensor, kr_rows: Tensor | None) -> None:
         if kr_rows is not None:
             c.kr_cache.copy_(kr_rows.view(c.kr_cache.shape))
         return
-    slots = _slots(c)
+    slots = token_slots(c)
     write_slots(c.kv_cache, kv_rows, slots, nz=c.nz)
     if kr_rows is not None:
         write_slots(c.kr_cache, kr_rows, slots, nz=c.nz)
 
 
-def _slots(c: Call) -> Tensor:
+def token_slots(c: Call) -> Tensor:
     """Where each token goes, int64 [R]."""
     assert c.cache_index is not None
     index = c.cache_index.flatten()

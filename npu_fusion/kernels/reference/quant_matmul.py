@@ -65,7 +65,7 @@ def int8_matmul(x1: Tensor, x2: Tensor) -> Tensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """``x``, a matrix, with strides that ``torch._int_mm`` (2.13) reads right: it returns garbage for repeated
+    """The matrix ``x`` with strides that ``torch._int_mm`` (2.13) reads right: it gives garbage for repeated
     rows, and for a single row or column that has the strides of its transpose."""
     (rows, columns), (down, right) = x.shape, x.stride()
     if right == 1 and down >= columns:

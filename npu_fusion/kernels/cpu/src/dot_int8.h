@@ -11,9 +11,7 @@
 #include <type_traits>
 
 #include "simd.h"
-
-// Loops over registers: unrolled by the front end, or arrays of accumulators would live in memory.
-#define NPU_UNROLL _Pragma("GCC unroll 8")
+#include "tiles.h"
 
 namespace npu {
 namespace {

@@ -61,12 +61,6 @@ constexpr int64_t SWEEP_SUMS = 6144, SWEEP_COLUMNS = 4096;
 // strips that are packed together, because a line of each row is too little to read at a time.
 constexpr int64_t PANEL_BYTES = 1 << 17, PANEL_SUMS = 1 << 15, PANEL_BLOCK = 512, PANEL_STRIPS = 8;
 
-NPU_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-NPU_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Tiles of at most `most` rows, as even as possible: the size of the next one when `rows` are left.
-NPU_INLINE int64_t even_tile(int64_t rows, int64_t most) { return ceil_div(rows, ceil_div(rows, most)); }
-
 // Memory for as long as the object lives; null where there is none.
 class Scratch {
   public:
