@@ -34,8 +34,10 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         builder = _builder()
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.unlink(missing_ok=True)  # of an earlier build, which would be taken if this one fails
         try:
-            builder.build(Path(self.get_ext_fullpath(ext.name)))
+            builder.build(output)
         except builder.BuildError as error:
             self.warn(f"npu_fusion is installed without compiled CPU kernels: {error}")
 

@@ -15,7 +15,7 @@ npu_fusion                  ``quantize_linears`` and ``prepare``, compiled with 
 int8                        the same module, compiled by Inductor alone
 torchao                     ``Int8DynamicActivationInt8WeightConfig`` on all linears but the head; Inductor
 bfloat16                    not quantized, compiled by Inductor
-.., float32                 what is not int8 is float32: attention of a single token is faster in it
+.., float32                 what is not int8 is float32
 .., freezing                Inductor's ``freezing``: weights are constants, packed for its kernels
 =========================== ==============================================================================
 
@@ -143,6 +143,7 @@ VARIANTS: dict[str, Variant] = {
     "int8, freezing": Variant(_quantized, freezing=True),
     "int8, float32": Variant(_quantized_float32),
     "torchao": Variant(_torchao),
+    "torchao, freezing": Variant(_torchao, freezing=True),
     "torchao, float32": Variant(_torchao_float32),
     "bfloat16": Variant(new_model),
     "bfloat16, freezing": Variant(new_model, freezing=True),

@@ -5,6 +5,8 @@ fused     the operator, by the kernels that are on (:func:`npu_fusion.kernels.us
 reference the operator by its reference kernel, if asked for
 eager     the formula of :mod:`npu_fusion.bench.formulas`, operator by operator
 inductor  the same under ``torch.compile``, for exactly these sizes and this number of threads
+code      what Inductor made of it, called without Dynamo: the guards of a compiled function cost ten
+          microseconds and more, and in a compiled model they are paid once, not for each operator
 bound     for what reads and writes memory: a copy of as much memory, into existing memory. It reads half of
           the bytes that the operator reads and writes together, from the operator's own inputs, and
           writes as many. For what has matrix products in it: these alone, one after the other, each in
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from npu_fusion import _compat, kernels
@@ -51,6 +54,7 @@ class Measured:
     inductor: float | None
     """None where Inductor cannot compile."""
     bound: float
+    code: float | None = None
     reference: float | None = None
     disturbed: float = 0.0
     """The part of all blocks during which the system gave the processor to something else."""
@@ -87,10 +91,14 @@ def measure(
             calls[REFERENCE] = _by_reference(call.fused)
         if inductor and _compat.why_no_inductor() is None:
             compiled = _compiled(call.eager, call.args)
+            code = _code(call.eager, call.args)
             calls["inductor"] = lambda: compiled(*call.args)
+            calls["code"] = lambda: code(*call.args)
         calls["bound"] = _bound(call)
         times = interleaved(calls, seconds)
-    optional = {name: times[name].median if name in times else None for name in ("inductor", REFERENCE)}
+    optional = {
+        name: times[name].median if name in times else None for name in ("inductor", "code", REFERENCE)
+    }
     return Measured(
         operator,
         tokens,
@@ -131,9 +139,21 @@ def _compiled(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[
     """
     torch._dynamo.reset()
     compiled = torch.compile(function)
-    with inductor_config.patch({"cpp.threads": torch.get_num_threads()}):
+    with _threads_of_inductor():
         compiled(*args)
     return compiled
+
+
+def _code(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[..., Any]:
+    graph = make_fx(function)(*args)
+    with _threads_of_inductor():
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(args))
+        compiled(*args)
+    return compiled
+
+
+def _threads_of_inductor() -> Any:
+    return inductor_config.patch({"cpp.threads": torch.get_num_threads()})
 
 
 def _bound(call: Call) -> Callable[[], Any]:

@@ -36,14 +36,25 @@ def operator_table(measured: Sequence[Measured]) -> Rows:
     """All sizes of one operator."""
     operator = measured[0].operator
     bound, share = ("copy", "of copy") if operator in CASES else ("products", "over products")
-    header = ["tokens", "width", "threads", "fused", "eager", "Inductor", bound, "x Inductor", share]
+    header = [
+        "tokens",
+        "width",
+        "threads",
+        "fused",
+        "eager",
+        "Inductor",
+        "its code",
+        bound,
+        "x Inductor",
+        share,
+    ]
     referenced = any(m.reference is not None for m in measured)
     if referenced:
         header.insert(4, "reference")
     rows = []
     for m in sorted(measured, key=lambda m: (m.threads, m.width or 0, m.tokens)):
         ratio = m.of_bound if operator in CASES else 1 / m.of_bound
-        seconds = (m.fused, m.reference, m.eager, m.inductor, m.bound)
+        seconds = (m.fused, m.reference, m.eager, m.inductor, m.code, m.bound)
         cells = [duration(s) for s in (seconds if referenced else (m.fused, *seconds[2:]))]
         gain = "" if m.gain is None else f"{m.gain:.2f}"
         rows.append([str(m.tokens), str(m.width or ""), str(m.threads), *cells, gain, f"{ratio:.2f}"])

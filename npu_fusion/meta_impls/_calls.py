@@ -40,7 +40,7 @@ class _Choice:
     """Which kernels run in this process."""
 
     def __init__(self) -> None:
-        self.kind = _kind(os.environ.get(KERNELS, "compiled"), KERNELS)
+        self.kind = _kind(os.environ.get(KERNELS) or "compiled", KERNELS)
 
 
 CHOICE = _Choice()
@@ -79,15 +79,20 @@ class use:
     """
 
     def __init__(self, kernels: str) -> None:
-        kind = _kind(kernels, "kernels")
-        self._before = CHOICE.kind
-        CHOICE.kind = kind
+        self._kind = _kind(kernels, "kernels")
+        # A first block ends with what was before the constructor, any other with what was before itself.
+        self._restored = [CHOICE.kind]
+        self._constructed = True
+        CHOICE.kind = self._kind
 
     def __enter__(self) -> None:
-        return None
+        if not self._constructed:
+            self._restored.append(CHOICE.kind)
+        self._constructed = False
+        CHOICE.kind = self._kind
 
     def __exit__(self, *exc: object) -> None:
-        CHOICE.kind = self._before
+        CHOICE.kind = self._restored.pop()
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

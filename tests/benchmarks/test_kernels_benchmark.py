@@ -213,13 +213,13 @@ def test_a_table_shows_each_row_once_with_its_ratios() -> None:
         ["1", "1536", "2"],
         ["16", "1536", "2"],
     ]
-    assert shown.rows[0][3:] == ["20.0", "1,000", "40.0", "10.0", "2.00", "0.50"]
+    assert shown.rows[0][3:] == ["20.0", "1,000", "40.0", "", "10.0", "2.00", "0.50"]
     referenced = operator_table([measured("dynamic_quant", 1, 2e-5, reference=3e-5)])
     assert referenced.header[4] == "reference"
     assert referenced.rows[0][3:6] == ["20.0", "30.0", "1,000"]
     over = operator_table([measured(next(iter(MATMULS)), 1, 2e-5, inductor=None)])
     assert over.header[-1] == "over products"
-    assert over.rows[0][3:] == ["20.0", "1,000", "", "10.0", "", "2.00"]
+    assert over.rows[0][3:] == ["20.0", "1,000", "", "", "10.0", "", "2.00"]
     assert [rows.name for rows in tables([measured("rms_norm", 1, 1e-5)])] == ["rms_norm"]
 
 

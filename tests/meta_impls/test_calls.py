@@ -113,6 +113,17 @@ def test_use(calls: list[str]) -> None:
     assert _calls.CHOICE.kind == "reference"
 
 
+def test_use_again() -> None:
+    quiet = kernels.use("reference")
+    for _ in range(2):
+        with quiet:
+            assert _calls.CHOICE.kind == "reference"
+            with quiet:
+                assert _calls.CHOICE.kind == "reference"
+            assert _calls.CHOICE.kind == "reference"
+        assert _calls.CHOICE.kind == "compiled"
+
+
 def test_exactly_is_for_the_calls_inside(calls: list[str]) -> None:
     call = operator(calls)
     call(torch.zeros(3))

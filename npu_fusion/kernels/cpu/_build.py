@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -67,7 +68,7 @@ def variants(machine: str | None = None) -> tuple[str, ...]:
 def digest() -> str:
     """Of everything that the library is made of. A library with another one belongs to other sources."""
     content = hashlib.sha256(repr((FLAGS, VARIANTS)).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         content.update(path.name.encode() + b"\0" + path.read_bytes())
     return content.hexdigest()[:16]
 
@@ -112,7 +113,7 @@ def _units(machine: str) -> list[tuple[str, Path, tuple[str, ...]]]:
 def _compiler(given: str | None) -> list[str]:
     named = given or os.environ.get("CXX")
     if named:
-        return named.split()
+        return shlex.split(named)
     for candidate in ("c++", "g++", "clang++"):
         if shutil.which(candidate):
             return [candidate]

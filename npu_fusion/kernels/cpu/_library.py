@@ -83,9 +83,9 @@ def open_library(path: Path = _build.LIBRARY) -> Library:
         raise UnavailableError(f"they are not built: {_rebuild()}")
     try:
         handle = ctypes.CDLL(str(path))
-    except OSError as error:
+        handle.npu_digest.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
         raise UnavailableError(f"{path.name} cannot be loaded ({error}): {_rebuild()}") from error
-    handle.npu_digest.restype = ctypes.c_char_p
     if handle.npu_digest().decode() != _build.digest():
         raise UnavailableError(f"{path.name} was built from other sources: {_rebuild()}")
     variant = _variant(handle)

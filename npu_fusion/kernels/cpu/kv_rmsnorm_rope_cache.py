@@ -1,5 +1,6 @@
 """npu_kv_rmsnorm_rope_cache, _v2 and _v2_functional at speed (src/kv_rmsnorm_rope_cache.cpp). Formula and
-traps: the file of this name in meta_impls. Every call is taken but those without elements."""
+traps: the file of this name in meta_impls. Every call is taken but those without elements, and
+those that read rows out of the cache they write."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ def npu_kv_rmsnorm_rope_cache_v2(
         k_cache, ckv_cache = k_cache.transpose(1, 2), ckv_cache.transpose(1, 2)
     rope = Cache(k_cache, optional_contiguous(k_rope_scale), optional_contiguous(k_rope_offset))
     latent = Cache(ckv_cache, optional_contiguous(c_kv_scale), optional_contiguous(c_kv_offset))
-    if kv.numel() == 0 or k_cache.numel() == 0:
-        return NotImplemented
+    caches = (k_cache.untyped_storage().data_ptr(), ckv_cache.untyped_storage().data_ptr())
+    if kv.numel() == 0 or k_cache.numel() == 0 or kv.untyped_storage().data_ptr() in caches:
+        return NotImplemented  # rows that lie in the cache would be overwritten before they are read
     shape = (batch, 1, tokens, cos.size(3))
     written = is_output_kv and cache_mode != NORM
     new = torch.empty if written else torch.zeros

@@ -1,6 +1,8 @@
 // Paged caches: where rows go, and in what form. Layouts and traps: npu_fusion/kernels/reference/_cache.py.
 #pragma once
 
+#include <cstdlib>
+
 #include "latent.h"
 #include "quantize_row.h"
 
@@ -30,15 +32,41 @@ struct Pages {
         for (int64_t row = 0; slots && row < rows; ++row) highest = slots[row] > highest ? slots[row] : highest;
         return highest < count * block;
     }
+};
 
-    // A row is not written if its slot is negative, or that of a later row: the last one stays, whatever the
-    // threads do. Looking at all later rows takes little beside the products that rows come from.
-    bool writes(int64_t row, int64_t rows) const {
-        if (!slots) return true;
-        int64_t again = 0;
-        for (int64_t later = row + 1; later < rows; ++later) again |= slots[later] == slots[row];
-        return slots[row] >= 0 && !again;
+// Which rows are written. Not those whose slot is negative, or that of a later row: the last one stays,
+// whatever the threads do.
+class Written {
+  public:
+    Written(const Pages& pages, int64_t rows) : pages_(pages) {
+        if (!pages.slots || ascending(rows)) return;
+        // Read where it has been written only, so that a large cache costs no more than a small one.
+        last_ = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * pages.count * pages.block));
+        ok_ = last_ != nullptr;
+        for (int64_t row = 0; ok_ && row < rows; ++row)
+            if (pages.slots[row] >= 0) last_[pages.slots[row]] = row;
     }
+    Written(const Written&) = delete;
+    ~Written() { std::free(last_); }
+
+    // Whether there was memory for it.
+    bool ok() const { return ok_; }
+
+    bool row(int64_t row) const {
+        const int64_t slot = pages_.slot(row);
+        return slot >= 0 && (!last_ || last_[slot] == row);
+    }
+
+  private:
+    bool ascending(int64_t rows) const {
+        for (int64_t row = 1; row < rows; ++row)
+            if (pages_.slots[row] <= pages_.slots[row - 1]) return false;
+        return true;
+    }
+
+    const Pages& pages_;
+    int64_t* last_ = nullptr;
+    bool ok_ = true;
 };
 
 // y = rint(x * scale + offset), saturated.

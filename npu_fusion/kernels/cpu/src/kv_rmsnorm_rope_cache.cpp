@@ -28,13 +28,13 @@ struct Call {
 };
 
 template <class In, class F>
-void write_rows(const Call& c, int64_t begin, int64_t end, float* buffer) {
+void write_rows(const Call& c, const Written& written, int64_t begin, int64_t end, float* buffer) {
     float *x = buffer, *pairs = x + c.width, *turned = pairs + c.dr;
     char* bytes = reinterpret_cast<char*>(turned + c.dr);
     const F *gamma = static_cast<const F*>(c.gamma), *cos = static_cast<const F*>(c.cos),
             *sin = static_cast<const F*>(c.sin);
     for (int64_t row = begin; row < end; ++row) {
-        const bool writes = c.pages.writes(row, c.kv.rows);
+        const bool writes = written.row(row);
         if (!writes && !c.latent_out) continue;
         values<In>(c.kv, row, 0, c.kv.width, x);
         normalize(x, gamma, c.epsilon, c.factor, c.width);
@@ -60,10 +60,12 @@ void write_rows(const Call& c, int64_t begin, int64_t end, float* buffer) {
 NPU_KERNEL(kv_rmsnorm_rope_cache)(const npu::Call* c) {
     using namespace npu;
     if (!c->pages.hold(c->kv.rows)) return REFUSED;
+    const Written written(c->pages, c->kv.rows);
+    if (!written.ok()) return NO_MEMORY;
     const int64_t floats = 2 * (c->width + 2 * c->dr);
     return with_product(c->kv, c->type, [&](auto in, auto f) {
         return over_rows(c->kv.rows, 4 * floats, c->threads, floats, [&](int64_t begin, int64_t end, float* buffer) {
-            write_rows<decltype(in), decltype(f)>(*c, begin, end, buffer);
+            write_rows<decltype(in), decltype(f)>(*c, written, begin, end, buffer);
         });
     });
 }
