@@ -9,8 +9,9 @@
 
 Each formula below is written once, with the dtypes that it rounds to as parameters. Eager evaluates it in the
 model's dtypes, the exact value is the same formula on the same inputs in float64, and the fused result comes
-out of ``torch.compile`` with the whole pipeline. The script fails unless exactly the fusion that is measured
-was made.
+out of ``torch.compile`` with the whole pipeline, on the reference kernels: measured is the arithmetic of the
+operators, not the order in which a fast kernel sums. The script fails unless exactly the fusion that is
+measured was made.
 """
 
 from __future__ import annotations
@@ -437,7 +438,10 @@ def _rms(t: Tensor) -> float:
 
 
 def measure_all(fusions: Sequence[str], sizes: Sizes) -> list[Row]:
-    return [row for name in fusions for dtype in CASES[name].dtypes for row in measure(name, dtype, sizes)]
+    with npu_fusion.kernels.use("reference"):
+        return [
+            row for name in fusions for dtype in CASES[name].dtypes for row in measure(name, dtype, sizes)
+        ]
 
 
 # -- showing ------------------------------------------------------------------------------------------------
