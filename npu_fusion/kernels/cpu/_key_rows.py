@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu._library import finished, library
-from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous
+from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, optional_contiguous
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,6 @@ class Product:
 
     def arguments(self) -> tuple[int, ...]:
         return self.x.data_ptr(), TYPES[self.x.dtype], *map(address, self.scales), *self.x.shape
-
-
-def optional_contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else contiguous(x)
 
 
 @functools.cache

@@ -20,6 +20,10 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def optional_contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else contiguous(x)
+
+
 def floats(x: Tensor) -> Tensor:
     """``x`` contiguous in float32: for the small tensors (scales, weights of norms) only."""
     return contiguous(x if x.dtype is torch.float32 else x.float())

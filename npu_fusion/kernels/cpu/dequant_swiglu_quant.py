@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu._library import finished, library
-from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats
+from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats, optional_contiguous
 from npu_fusion.meta_impls._dtypes import torch_dtype
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.dequant_swiglu_quant import RINT
@@ -55,10 +55,7 @@ def npu_dequant_swiglu_quant(
     scale = torch.empty(*tokens, dtype=torch.float32)
     groups = 1 if group_index is None else group_index.shape[0]
     quant_step = 1
-    if weight_scale is not None:
-        weight_scale = contiguous(weight_scale)
-    if activation_scale is not None:
-        activation_scale = contiguous(activation_scale)
+    weight_scale, activation_scale = optional_contiguous(weight_scale), optional_contiguous(activation_scale)
     int_bias = float_bias = None
     if bias is not None:
         if bias.dtype is torch.int32:
@@ -72,8 +69,7 @@ def npu_dequant_swiglu_quant(
             quant_step = 0
     if quant_offset is not None:
         quant_offset = floats(quant_offset)
-    if group_index is not None:
-        group_index = contiguous(group_index)
+    group_index = optional_contiguous(group_index)
     status = function(
         x.data_ptr(),
         TYPES[x.dtype],

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._key_rows import Cache, Product, optional_contiguous, rows_of, write_key_rows
-from npu_fusion.kernels.cpu._tensors import contiguous
+from npu_fusion.kernels.cpu._key_rows import Cache, Product, rows_of, write_key_rows
+from npu_fusion.kernels.cpu._tensors import contiguous, optional_contiguous
 from npu_fusion.kernels.reference.kv_rmsnorm_rope_cache import token_slots
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.kv_rmsnorm_rope_cache import NORM, NZ

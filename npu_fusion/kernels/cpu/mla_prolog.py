@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu._bf16_matmul import matmul
-from npu_fusion.kernels.cpu._key_rows import Cache, Product, optional_contiguous, write_key_rows
+from npu_fusion.kernels.cpu._key_rows import Cache, Product, write_key_rows
 from npu_fusion.kernels.cpu._library import finished, library
-from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous
+from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, optional_contiguous
 from npu_fusion.kernels.cpu.quant_matmul import npu_quant_matmul
 from npu_fusion.kernels.reference.mla_prolog import token_slots
 from npu_fusion.kernels.reference.quant_matmul import int8_matmul

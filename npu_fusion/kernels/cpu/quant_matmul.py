@@ -1,6 +1,7 @@
 """npu_quant_matmul at speed (src/quant_matmul.cpp). Formula and traps: the file of this name in meta_impls.
 
-Takes every product with one weight matrix; batches of weights are the reference's.
+Takes every product with one weight matrix, but the bare one of many rows; batches of weights are the
+reference's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from npu_fusion.meta_impls.quant_matmul import result_dtype
 
 FIELDS = "18q"
 """``Call`` in src/quant_matmul.cpp."""
+
+
+MANY_ROWS = 256
+"""From here on the bare int32 product is the reference's, ``torch._int_mm``: with 512 rows oneDNN is up to a
+sixth faster, and there is no epilogue to gain by (docs/performance.md)."""
 
 
 @functools.cache
@@ -65,6 +71,8 @@ def npu_quant_matmul(
     elif x2_across != 1:
         x2 = x2.contiguous()
         x2_step = columns
+    if output is torch.int32 and bias is None and x1.shape[0] >= MANY_ROWS:
+        return NotImplemented
     y = torch.empty((*batch, rows, columns), dtype=output)
 
     int_bias = float_bias = None

@@ -110,8 +110,17 @@ def test_every_way_at_its_borders(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x1, x2 = int8(rows, inner), weight(inner, columns, transposed)
-    assert_same(x1, x2, torch.ones(1), output_dtype=INT32)
+    bias = torch.randint(-9, 9, (columns,), dtype=torch.int32)
+    assert_same(x1, x2, torch.ones(1), bias=bias, output_dtype=INT32)
     assert_same(x1, x2, torch.rand(columns), pertoken_scale=torch.rand(rows), output_dtype=BF16)
+
+
+def test_the_bare_product_of_many_rows_is_left_to_torch() -> None:
+    x2 = weight(70, 65, True)
+    for rows, taken in ((kernel.MANY_ROWS - 1, True), (kernel.MANY_ROWS, False)):
+        result = compiled(int8(rows, 70), x2, torch.ones(1), output_dtype=INT32)
+        assert (result is not NotImplemented) == taken
+    assert compiled(int8(rows, 70), x2, torch.ones(1), output_dtype=BF16) is not NotImplemented
 
 
 @pytest.mark.parametrize("variant", _build.variants())
