@@ -11,6 +11,7 @@ therefore stored beside Inductor's cache and read back; if it is not there, the 
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import os
@@ -44,8 +45,9 @@ class _Pass(_compat.inference_aware_pass_base()):  # type: ignore[misc]
             _call_pass(earlier, graph, is_inference)
         self.run(graph, self.inference if is_inference is None else is_inference)
 
+    @abc.abstractmethod
     def run(self, graph: fx.Graph, inference: bool) -> None:
-        raise NotImplementedError
+        """The pass itself, in place."""
 
     def uuid(self) -> Any:
         earlier = [p.uuid() if hasattr(p, "uuid") else None for p in self.before]

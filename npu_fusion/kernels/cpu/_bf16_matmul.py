@@ -16,12 +16,11 @@ oneDNN, nk     1.3     1.3     1.5     2.3     4.1    37.8
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.reference._mla_prolog_quant import product
 
 _MOST_ROWS_KN = 256
@@ -30,10 +29,7 @@ _SHORTEST_DOTS = 64
 """Elements along k for each row: below, adding up the lanes of a sum takes longer than the sum."""
 
 
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("bf16_matmul", "15q")
+_function = kernel("bf16_matmul", "15q")
 
 
 def matmul(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -3,14 +3,12 @@ does, and npu_mla_prolog at its end."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, optional_contiguous
 
 
@@ -46,10 +44,7 @@ class Product:
         return self.x.data_ptr(), TYPES[self.x.dtype], *map(address, self.scales), *self.x.shape
 
 
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("kv_rmsnorm_rope_cache", "38q2d")
+_function = kernel("kv_rmsnorm_rope_cache", "38q2d")
 
 
 def write_key_rows(

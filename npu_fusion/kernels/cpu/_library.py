@@ -106,6 +106,17 @@ def library() -> Library | None:
         return None
 
 
+def kernel(name: str, fields: str) -> Callable[[], Callable[..., int] | None]:
+    """Gives :meth:`Library.function` of the library, which is opened at the first call; None without one."""
+
+    @functools.cache
+    def function() -> Callable[..., int] | None:
+        found = library()
+        return None if found is None else found.function(name, fields)
+
+    return function
+
+
 def _rebuild() -> str:
     return "with a C++ compiler, `python -m npu_fusion.kernels.cpu` builds them"
 

@@ -3,25 +3,20 @@ of this name in meta_impls. Results in int8; int4 is the reference's."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu import _norm
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._rows import like, per_row
 from npu_fusion.kernels.cpu._tensors import address, contiguous
 from npu_fusion.meta_impls._dtypes import torch_dtype
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.add_rms_norm_dynamic_quant import present
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("add_rms_norm_dynamic_quant", f"{_norm.FIELDS}6q")
+_function = kernel("add_rms_norm_dynamic_quant", f"{_norm.FIELDS}6q")
 
 
 @compiled_kernel("npu_add_rms_norm_dynamic_quant")

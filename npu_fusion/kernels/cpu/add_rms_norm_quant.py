@@ -3,23 +3,18 @@ meta_impls."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu import _norm
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._rows import like
 from npu_fusion.kernels.cpu._tensors import address, contiguous, floats
 from npu_fusion.meta_impls._registry import compiled_kernel
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("add_rms_norm_quant", f"{_norm.FIELDS}7q")
+_function = kernel("add_rms_norm_quant", f"{_norm.FIELDS}7q")
 
 
 @compiled_kernel("npu_add_rms_norm_quant")

@@ -3,23 +3,16 @@ in meta_impls. Results in int8 along the last dimension; everything else is the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats, optional_contiguous
 from npu_fusion.meta_impls._dtypes import torch_dtype
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.dequant_swiglu_quant import RINT
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("dequant_swiglu_quant", "20q3d")
+_function = kernel("dequant_swiglu_quant", "20q3d")
 
 
 @compiled_kernel("npu_dequant_swiglu_quant")

@@ -3,21 +3,14 @@ meta_impls."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu import _rope
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.meta_impls._registry import compiled_kernel
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("interleave_rope", _rope.FIELDS)
+_function = kernel("interleave_rope", _rope.FIELDS)
 
 
 @compiled_kernel("npu_interleave_rope")

@@ -6,13 +6,12 @@ reference's.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats
 from npu_fusion.kernels.reference._quant import unpack_quant_param
 from npu_fusion.meta_impls._registry import compiled_kernel
@@ -27,10 +26,7 @@ MANY_ROWS = 256
 sixth faster, and there is no epilogue to gain by (docs/performance.md)."""
 
 
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("quant_matmul", FIELDS)
+_function = kernel("quant_matmul", FIELDS)
 
 
 @compiled_kernel("npu_quant_matmul")

@@ -3,23 +3,16 @@ in int8, one scale or one for each column of the last dimension; everything else
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._rows import like
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous, floats
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.quantize import quantized_dim, result_dtype
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("quantize", "10q")
+_function = kernel("quantize", "10q")
 
 
 @compiled_kernel("npu_quantize")

@@ -3,21 +3,14 @@ with a matrix are the reference's."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from npu_fusion.kernels.cpu import _rope
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.meta_impls._registry import compiled_kernel
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("rotary_mul", f"{_rope.FIELDS}q")
+_function = kernel("rotary_mul", f"{_rope.FIELDS}q")
 
 
 @compiled_kernel("npu_rotary_mul")

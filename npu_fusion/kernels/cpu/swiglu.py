@@ -3,21 +3,14 @@ last dimension; other dimensions are the reference's."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._tensors import TYPES, contiguous
 from npu_fusion.meta_impls._registry import compiled_kernel
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("swiglu", "6q")
+_function = kernel("swiglu", "6q")
 
 
 @compiled_kernel("npu_swiglu")

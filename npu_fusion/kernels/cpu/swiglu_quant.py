@@ -3,23 +3,16 @@ Results in int8; int4 is the reference's."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from npu_fusion.kernels.cpu._library import finished, library
+from npu_fusion.kernels.cpu._library import finished, kernel
 from npu_fusion.kernels.cpu._rows import per_row
 from npu_fusion.kernels.cpu._tensors import TYPES, address, contiguous
 from npu_fusion.meta_impls._registry import compiled_kernel
 from npu_fusion.meta_impls.swiglu_quant import CUMSUM
 
-
-@functools.cache
-def _function() -> Callable[..., int] | None:
-    found = library()
-    return None if found is None else found.function("swiglu_quant", "14q")
+_function = kernel("swiglu_quant", "14q")
 
 
 @compiled_kernel("npu_swiglu_quant")

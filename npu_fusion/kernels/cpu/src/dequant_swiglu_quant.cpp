@@ -171,17 +171,14 @@ Status run(const Call& c) {
 
     expect_writes(c.y, c.rows * h);
     return over_rows(c.rows, 2 * h * int64_t{sizeof(In)}, c.threads, h, [&](int64_t begin, int64_t end, float* s) {
-        int64_t group = c.group_index ? -1 : 0, group_end = c.group_index ? 0 : c.rows;
+        Groups groups(c.group_index, c.groups, false);
         for (int64_t row = begin; row < end; ++row) {
             int8_t* y = c.y + row * h;
-            if (row >= used) {
+            const int64_t group = c.group_index ? groups.of(row) : 0;
+            if (group < 0) {
                 std::memset(y, 0, h);
                 c.scale[row] = 0;
                 continue;
-            }
-            while (row >= group_end) {
-                ++group;
-                group_end += c.group_index[group] > 0 ? c.group_index[group] : 0;
             }
             const float* smooth = c.dynamic && c.quant_scale ? c.quant_scale + group * h : nullptr;
             vi amax = gated<In, swiglu>(c, Row<In>(c, row, group), smooth, s);

@@ -115,8 +115,7 @@ NPU_INLINE Value broadcast4(const int8_t* x, int64_t n) {
     return value(bits<vb>(set(four)));
 }
 
-// -- lanes
-// ------------------------------------------------------------------------------------------------------
+// -- lanes --------------------------------------------------------------------------------------------------
 
 typedef int32_t vi4 __attribute__((vector_size(16)));
 typedef uint32_t vu4 __attribute__((vector_size(16)));

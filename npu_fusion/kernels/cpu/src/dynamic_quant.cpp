@@ -41,7 +41,7 @@ struct Row {
 };
 
 template <class In, class Smooth>
-Row<In, Smooth> row_of(const Call& c, int64_t row, Groups& groups) {
+Row<In, Smooth> row_of(const Call& c, int64_t row, Groups<int32_t>& groups) {
     const Smooth* smooth = static_cast<const Smooth*>(c.smooth);
     if (c.group) {
         const int64_t group = groups.of(row);

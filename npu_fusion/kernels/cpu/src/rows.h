@@ -48,9 +48,10 @@ Status with_float_type(int64_t type, const Fn& fn) {
 
 // The group of each row, for rows in ascending order. Groups are consecutive rows; their sizes are given, or
 // their ends (a size is then the difference to the end before). A size below 0 counts as 0.
+template <class Int>
 class Groups {
   public:
-    Groups(const int32_t* given, int64_t count, bool ends) : given_(given), count_(count), ends_(ends) {}
+    Groups(const Int* given, int64_t count, bool ends) : given_(given), count_(count), ends_(ends) {}
 
     // -1 beyond the last group.
     int64_t of(int64_t row) {
@@ -68,7 +69,7 @@ class Groups {
         return n > 0 ? n : 0;
     }
 
-    const int32_t* given_;
+    const Int* given_;
     int64_t count_, group_ = -1, end_ = 0;
     bool ends_;
 };
