@@ -13,6 +13,9 @@ from torch import fx
 
 MINIMUM = (2, 6)
 
+E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)
+"""The dtype of scales of mx types, a power of two each (torch 2.7 and later)."""
+
 
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]

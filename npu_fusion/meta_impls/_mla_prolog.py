@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fusion.formats import mx
 from npu_fusion.meta_impls._checks import check_choice
 
 NOT_QUANTIZED, PARTIAL, FULL, MXFP8 = 0, 1, 2, 3
@@ -20,7 +21,7 @@ are too; all four are in mxfp8."""
 PER_TENSOR, PER_CHANNEL, PER_TILE = 1, 2, 3
 """``kv_cache_quant_mode``; 0 is not quantized."""
 
-MX_BLOCK = 32
+MX_BLOCK = mx.BLOCK
 """So many elements along the inner dimension of a product share one e8m0 scale."""
 
 PAGED = ("PA_BSND", "PA_NZ")

@@ -52,12 +52,14 @@ def test_each_block_has_its_scale() -> None:
 
 
 def test_extremes() -> None:
-    """Denormals have the smallest scale; infinity and NaN make the scale NaN."""
+    """Denormals have the smallest scale; infinity and NaN make the scale NaN and the elements 0."""
     data, scale = quantize_mx(torch.stack([block(2.0**-126), block(2.0**-149)]))
     assert scale.view(torch.uint8).tolist() == [[0], [0]]
     assert data.float()[:, 0].tolist() == [2.0, 0.0]
     for value in (math.inf, math.nan):
-        assert quantize_mx(block(value))[1].float().isnan().all()
+        data, scale = quantize_mx(torch.cat([block(3.0, value), block(256.0)]))
+        assert scale.view(torch.uint8).tolist() == [255, 127]
+        assert data.float().nonzero().tolist() == [[32]] and data[32] == 256.0
 
 
 def test_no_rows() -> None:
