@@ -36,6 +36,7 @@ TARGETS = tuple(
 OPERATORS = {
     "npu_add_rms_norm_dynamic_quant": "7.2",
     "npu_add_rms_norm_quant": "7.1",
+    "npu_dynamic_mx_quant": "26.0",
     "npu_grouped_matmul_swiglu_quant": "7.1",
     "npu_kv_rmsnorm_rope_cache_v2": "7.2",
     "npu_kv_rmsnorm_rope_cache_v2_functional": "7.2",
@@ -74,22 +75,28 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "npu_kv_rmsnorm_rope_cache_v2_functional": _CACHE,
     "npu_mla_prolog_v3": _PROLOG,
     "npu_mla_prolog_v3_functional": _PROLOG,
+    "npu_quant_conv2d": {"input_dtype": "26.0", "weight_dtype": "26.0"},
     "npu_quant_matmul": {**_MATMUL, "group_sizes": "7.1"},
     "npu_rotary_mul": {"rotate": "26.0"},
     "npu_scatter_pa_kv_cache": {"cache_mode": "26.0"},
     "npu_scatter_pa_kv_cache_functional": {"cache_mode": "26.0"},
+    "npu_trans_quant_param": {"round_mode": "7.1"},
     "npu_weight_quant_batchmatmul": {"weight_dtype": "26.0"},
 }
-"""Operator -> arguments younger than it, with the first release that has them."""
+"""Operator -> arguments younger than it, with the first release that has them. (``max_low_bound`` of
+npu_dynamic_mx_quant is younger than the last of them, and no pass gives it.)"""
 
 INTEGER_DTYPES = "26.0"
-"""Since then npu_quant_matmul and npu_quantize take the number of a ``ScalarType``, not a ``torch.dtype``."""
+"""Since then npu_quant_matmul, npu_quant_conv2d and npu_quantize take the number of a ``ScalarType``, not a
+``torch.dtype``."""
 
 ELSEWHERE: dict[str, dict[str, str | None]] = {
+    "npu_dynamic_mx_quant": {"ascend910b": None, "ascend910_93": None},
     "npu_mla_prolog": {"ascend950": None},
     "npu_mla_prolog_v2": {"ascend950": None},
     "npu_mla_prolog_v3": {"ascend910b": "26.1"},
     "npu_mla_prolog_v3_functional": {"ascend910b": "26.1"},
+    "npu_quant_conv2d": {"ascend910b": None, "ascend910_93": None},
 }
 """Operator -> SoC families on which it is there only from a later release on, or never (None)."""
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+
+from npu_fusion.meta_impls._dtypes import FLOAT4_E1M2, FLOAT4_E2M1
 
 _NEVER = {
     # aten/_int_mm.py and prims/iota.py raise NotImplementedError.
@@ -31,7 +35,8 @@ def why_not(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> st
     unknown = _unknown(operator, kwargs)
     if unknown is not None:
         return f"torchair's GE converter of {operator} has no argument {unknown!r}"
-    return _rotary_mul(_arguments(operator, args, kwargs)) if name == "npu::npu_rotary_mul" else None
+    limit = _LIMITS.get(name)
+    return None if limit is None else limit(_arguments(operator, args, kwargs))
 
 
 def _unknown(operator: Any, kwargs: Mapping[str, Any]) -> str | None:
@@ -57,6 +62,47 @@ def _rotary_mul(given: Mapping[str, Any]) -> str | None:
     if mode == "half" or _is_950() or (given["rotate"] is not None and mode == "interleave"):
         return None
     return f"torchair lowers npu_rotary_mul to 'half', not to {mode!r}"
+
+
+def _quant_matmul(given: Mapping[str, Any]) -> str | None:
+    if given["x1"].meta["val"].dtype != torch.int8:
+        return _quant_matmul_of_floats(given)
+    # The eager operator packs such a scale by npu_trans_quant_param, custom/quantmatmul.py hands it on as it
+    # is; the operator's documentation says that graph mode does not take it.
+    result = given["output_dtype"]
+    narrow = result in (None, 1, 5, torch.int8, torch.float16)
+    if not narrow or given["pertoken_scale"] is not None or given["scale"].meta["val"].dtype != torch.float32:
+        return None
+    kind = "float16" if result in (5, torch.float16) else "int8"
+    return f"in graph mode npu_quant_matmul takes no float32 scale for a result in {kind}"
+
+
+def _quant_matmul_of_floats(given: Mapping[str, Any]) -> str | None:
+    # custom/quantmatmul.py raises below Ascend 950, and for so short rows of microscaled float4; a float32
+    # scale is handed on as for int8, and a device knows it only beside a scale for the rows.
+    if not _is_950():
+        return "torchair lowers npu_quant_matmul of 8-bit and 4-bit floats for Ascend 950 only"
+    alone = given["pertoken_scale"] is None
+    if alone and given["scale"].meta["val"].dtype == torch.float32:
+        return "in graph mode npu_quant_matmul takes no float32 scale of 8-bit floats without one per token"
+    if given["x2_dtype"] == FLOAT4_E2M1 and not alone and given["x1"].meta["val"].shape[-1] <= 64:
+        return "torchair lowers npu_quant_matmul of microscaled float4 for more than 64 rows only"
+    return None
+
+
+def _weight_quant_batchmatmul(given: Mapping[str, Any]) -> str | None:
+    # custom/npu_weight_quant_batchmatmul.py reinterprets the bytes without making two numbers of each, as
+    # custom/quantmatmul.py does.
+    if given["weight_dtype"] in (FLOAT4_E2M1, FLOAT4_E1M2):
+        return "torchair gives a weight of 4-bit floats in uint8 a wrong shape"
+    return None
+
+
+_LIMITS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "npu::npu_quant_matmul": _quant_matmul,
+    "npu::npu_rotary_mul": _rotary_mul,
+    "npu::npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
+}
 
 
 def _is_950() -> bool:

@@ -16,6 +16,17 @@ import torch
 
 from npu_fusion.meta_impls._checks import check
 
+HIFLOAT8 = 290
+E8M0 = 293
+FLOAT4_E2M1 = 296
+FLOAT4_E1M2 = 297
+"""Numbers of torch_npu for types that PyTorch does not have, or not in all its releases. Tensors of bytes
+carry them: one number in each, or two of the types with 4 bits."""
+
+HIFLOAT8_DTYPE = torch.bits8
+"""What :func:`dtype_argument` says for :data:`HIFLOAT8`, as ``torch.quint4x2`` stands for packed int4. No
+tensor has it: the bytes are uint8."""
+
 _BY_ENUM: dict[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
@@ -61,6 +72,8 @@ def dtype_argument(
     accepted: str,
 ) -> torch.dtype:
     """The dtype that ``argument`` of the operator ``op`` means; ``ValueError`` unless it is ``offered``."""
+    if value == HIFLOAT8 and HIFLOAT8_DTYPE in offered:
+        return HIFLOAT8_DTYPE
     try:
         dtype = torch_dtype(value, default)
     except ValueError as unknown:

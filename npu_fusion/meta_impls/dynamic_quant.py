@@ -7,7 +7,11 @@ the last but one ("perchannel") or over everything ("pertensor")::
     asymmetric   scale = max((max - min) / (DMAX - DMIN), 1e-12)
                  offset = DMAX - max / scale                 y = sat(rint(x / scale + offset))
 
-DMAX is 127 for int8 and 7 for int4, DMIN is -128 and -8. Symmetric: an all-zero row has scale 0 and y 0.
+DMAX is 127 for int8 and 7 for int4, DMIN is -128 and -8. Results in float8_e4m3fn, float8_e5m2 and hifloat8
+(Ascend 950) are rounded to the nearest number of the format instead of by rint (hifloat8: half away from
+zero); DMAX is 448, 57344, and for hifloat8 ``dst_type_max``, or 32768 if that is 0; DMIN is -DMAX. hifloat8
+has four significant bits below 16 and two from 256 on: ``dst_type_max=15`` is far more exact than the
+default. Symmetric: an all-zero row has scale 0 and y 0.
 
 Traps: ``group_index`` holds the CUMULATIVE ends of the groups of rows that use one row of ``smooth_scales``
 each (npu_dequant_swiglu_quant takes counts); its last entry must be the number of rows. Rows beyond it are
@@ -15,8 +19,7 @@ undefined on the device; here they are quantized without smoothing. ``scale`` mu
 amax/127, where npu_swiglu_quant returns 127/amax). ``offset`` is not rounded.
 
 Formula: op-plugin documentation of torch_npu 2.13.0 and public kernel sources (the 1e-12 of the asymmetric
-form is only in the kernels). ``dst_type_max`` of the schema acts on hifloat8 alone, which has no
-representation in PyTorch: it must stay 0. The modes "perchannel" and "pertensor" exist on Ascend 950 only.
+form is only in the kernels). The modes "perchannel" and "pertensor" exist on Ascend 950 only.
 """
 
 from __future__ import annotations
@@ -25,11 +28,16 @@ import torch
 from torch import Tensor
 
 from npu_fusion.meta_impls._checks import check, check_choice, check_dtype, check_rank, check_size
-from npu_fusion.meta_impls._dtypes import dtype_argument
+from npu_fusion.meta_impls._dtypes import HIFLOAT8_DTYPE, dtype_argument
 from npu_fusion.meta_impls._registry import operator
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _QUANT_MODES = ("pertoken", "perchannel", "pertensor")
+_DESTINATIONS = (torch.int8, torch.quint4x2, torch.float8_e4m3fn, torch.float8_e5m2, HIFLOAT8_DTYPE)
+_ACCEPTED = (
+    "None, 1 (int8), 16 (quint4x2), 24 or 292 (float8_e4m3fn), 23 or 291 (float8_e5m2), 290 (hifloat8)"
+)
+_HIFLOAT8_MAX = 32768.0
 
 
 @operator(
@@ -51,13 +59,16 @@ def npu_dynamic_quant(
         input: fp16 or bf16, rank 2 or more (the CPU kernel also takes fp32, the exact form of fp32 chains).
         smooth_scales: fp16, bf16 or fp32; [H] for the last dimension H ("perchannel": [M] for the last but
             one); with ``group_index`` [G, H].
-        group_index: int32 [G], cumulative ends of the groups of rows; "pertoken" only.
-        dst_type: ScalarType value: None or 1 (int8), 16 (quint4x2: int4).
+        group_index: int32 [G], cumulative ends of the groups of rows; "pertoken" only. dst_type: ScalarType
+        value: None or 1 (int8), 16 (quint4x2: int4), 24 or 292 (float8_e4m3fn), 23 or 291
+            (float8_e5m2), 290 (hifloat8).
         quant_mode: "pertoken", "perchannel" or "pertensor".
-        dst_type_max: must be 0.
+        dst_type_max: what the largest value is quantized to, from 0 (32768) to 32768; hifloat8 only.
 
     Returns:
-        y: int8 of the shape of ``input``; for quint4x2 int32 with the last dimension divided by 8.
+        y: of the shape of ``input``, in int8 or float8, for hifloat8 in uint8 (bit patterns); for quint4x2
+            int32
+            with the last dimension divided by 8.
         scale: fp32; the shape of ``input`` without its last dimension ("pertoken"), without the last but one
             ("perchannel"), or [1] ("pertensor").
 
@@ -93,9 +104,9 @@ def npu_dynamic_quant_asymmetric(
 
 
 def destination(op: str, dst_type: int | torch.dtype | None) -> torch.dtype:
-    """``torch.int8`` or ``torch.quint4x2``; ``ValueError`` for anything else."""
-    offered = (torch.int8, torch.quint4x2)
-    return dtype_argument(op, "dst_type", dst_type, torch.int8, offered, "None, 1 (int8), 16 (quint4x2)")
+    """``torch.int8``, ``torch.quint4x2``, a float8 dtype or ``HIFLOAT8_DTYPE``; ``ValueError`` for anything
+    else."""
+    return dtype_argument(op, "dst_type", dst_type, torch.int8, _DESTINATIONS, _ACCEPTED)
 
 
 def _outputs(
@@ -110,8 +121,11 @@ def _outputs(
     check_dtype(op, "input", input, *_FLOATS)
     check_rank(op, "input", input, 2)
     check_choice(op, "quant_mode", quant_mode, _QUANT_MODES)
-    check(dst_type_max == 0, op, "dst_type_max", dst_type_max, "0 (other values act on hifloat8 only)")
     dtype = destination(op, dst_type)
+    if dtype == HIFLOAT8_DTYPE:
+        check(0 <= dst_type_max <= _HIFLOAT8_MAX, op, "dst_type_max", dst_type_max, f"0 to {_HIFLOAT8_MAX:g}")
+    else:
+        check(dst_type_max == 0, op, "dst_type_max", dst_type_max, "0 (other values act on hifloat8 only)")
     _check_smoothing(op, input, smooth_scales, group_index, quant_mode)
 
     *leading, rows, columns = input.shape
@@ -121,7 +135,7 @@ def _outputs(
         check_size(columns % 8 == 0, op, f"input has {columns} columns; accepted: a multiple of 8 (quint4x2)")
         y = input.new_empty((*leading, rows, columns // 8), dtype=torch.int32)
     else:
-        y = input.new_empty(input.shape, dtype=torch.int8)
+        y = input.new_empty(input.shape, dtype=torch.uint8 if dtype == HIFLOAT8_DTYPE else dtype)
     scale_shape = {"pertoken": (*leading, rows), "perchannel": (*leading, columns), "pertensor": (1,)}
     return y, input.new_empty(scale_shape[quant_mode], dtype=torch.float32)
 

@@ -1,13 +1,13 @@
-"""npu_quant_matmul: int8 matrix product with dequantization or requantization.
+"""npu_quant_matmul: matrix product of quantized operands, dequantized or requantized.
 
-::
+int8 operands::
 
     acc = x1 @ x2 (+ bias, if int32)                                       exact int32
     int32 output            acc
     bf16 and fp16 output    acc * scale (* pertoken_scale) (+ bias, if floating point), one rounding
     int8 output             sat(rint(acc * scale (+ offset)))
 
-in fp32, in this order.
+in fp32, in this order. Operands of 8-bit and 4-bit floats are in ``_quant_matmul_floats.py``.
 
 Traps: ``output_dtype=None`` means int8. An int32 output is the raw accumulator: ``scale`` is demanded and
 ignored (npu_dequant_swiglu_quant and npu_dequant_bias take it from there). An int64 ``scale`` is not a number
@@ -16,9 +16,9 @@ but the bit pattern of ``npu_trans_quant_param``: fp32 with 10 mantissa bits lef
 bias before.
 
 Formula: op-plugin documentation and Meta implementation of torch_npu 2.13.0, whose table of dtype
-combinations the checks follow. int4 operands (int32 or uint8 tensors, ``x1_dtype`` ...), float8 and hifloat8
-operands, group and microscaling scales (``group_sizes``, two-dimensional scales, ``y_scale``) are not
-implemented.
+combinations the checks follow. Not implemented: int4 operands (int32 tensors, ``x2_dtype`` 285), float8_e5m2
+and pairs of float4 operands, one scale for each block of 128 (``group_sizes`` [1, 128, 128], [128, 128, 128])
+and int4 groups of 256 with an offset.
 """
 
 from __future__ import annotations
@@ -32,15 +32,23 @@ from npu_fusion.meta_impls._checks import (
     check,
     check_broadcastable,
     check_dtype,
-    check_rank,
     check_shape,
-    check_size,
     names,
 )
 from npu_fusion.meta_impls._dtypes import dtype_argument
+from npu_fusion.meta_impls._quant_matmul import (
+    OP,
+    Call,
+    Kind,
+    batch_shape,
+    check_absent,
+    check_bias_shape,
+    check_inner,
+    check_matrices,
+    kind_of,
+)
+from npu_fusion.meta_impls._quant_matmul_floats import float_result
 from npu_fusion.meta_impls._registry import operator
-
-OP = "npu_quant_matmul"
 
 _SCALE_OF_OUTPUT = {
     torch.int8: (torch.float32, torch.int64),
@@ -74,7 +82,7 @@ def npu_quant_matmul(
 ) -> Tensor:
     """Multiply ``x1`` [..., m, k] by ``x2`` [..., k, n]; returns [..., m, n] of ``output_dtype``.
 
-    Args:
+    Args for int8 operands:
         x1, x2: int8, rank 2 to 6; the leading dimensions broadcast.
         scale: [n] or [1]. fp32; or int64 (packed) for int8 and fp16 outputs without ``pertoken_scale``; or
             bf16 for bf16 and int32 outputs.
@@ -85,50 +93,74 @@ def npu_quant_matmul(
         output_dtype: ScalarType value: None or 1 (int8), 3 (int32), 5 (fp16), 15 (bf16).
         x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, group_sizes, y_scale: None.
 
+    Args for float8_e4m3fn, and for hifloat8 (uint8 with x1_dtype and x2_dtype 290):
+        x1, x2: rank 2 to 6; the leading dimensions broadcast.
+        scale: [n] or [1]; fp32, or int64 (packed) without ``pertoken_scale``.
+        pertoken_scale: None, or fp32 [m] or [1].
+        bias: fp32 [n], or [batch, 1, n] for an output of rank 3; without ``pertoken_scale`` it is scaled.
+        output_dtype: 5 (fp16), 6 (fp32), 15 (bf16).
+
+    Args for microscaled operands (both scales e8m0, scale_dtype and pertoken_scale_dtype 293, group_sizes
+    [1, 1, 32]):
+        x1: float8_e4m3fn [..., m, k].
+        x2: float8_e4m3fn [..., k, n]; or float4_e2m1: uint8 [k/2, n], x2_dtype 296, with an x1 of rank 2
+            and k a multiple of 8.
+        pertoken_scale: uint8 or float8_e8m0fnu [..., m, ceil(k/64), 2].
+        scale: the same, [..., ceil(k/64), n, 2]; transposed in memory where x2 is.
+        bias: fp32 [n] or [batch, 1, n]; with float4_e2m1 [1, n] of the dtype of the output.
+        output_dtype: 5 (fp16), 15 (bf16), and but for float4_e2m1 6 (fp32).
+
+    Args for float8_e4m3fn times float4_e2m1 with two levels of scales:
+        x1: float8_e4m3fn [m, k], k a multiple of 32.
+        x2: uint8 [k/2, n], x2_dtype 296.
+        scale: [n, k/32] of the dtype of the output.
+        y_scale: int64 (packed) [1, n].
+        group_sizes: [0, 0, 32] or [1, 1, 32].
+        output_dtype: 5 (fp16), 15 (bf16).
+
     Raises ``ValueError`` for anything else.
     """
-    unsupported = {
-        "x1_dtype": x1_dtype,
-        "x2_dtype": x2_dtype,
-        "pertoken_scale_dtype": pertoken_scale_dtype,
-        "scale_dtype": scale_dtype,
-        "group_sizes": group_sizes,
-        "y_scale": y_scale,
-    }
-    for argument, value in unsupported.items():
-        check(value is None, OP, argument, "given", "None")
-    for argument, operand in (("x1", x1), ("x2", x2)):
-        check_dtype(OP, argument, operand, torch.int8)
-        check_rank(OP, argument, operand, 2, 6)
-    output = result_dtype(output_dtype)
-    _check_dtypes(scale, offset, pertoken_scale, bias, output)
+    call = Call(
+        x1,
+        x2,
+        scale,
+        offset,
+        pertoken_scale,
+        bias,
+        output_dtype,
+        x1_dtype,
+        x2_dtype,
+        pertoken_scale_dtype,
+        scale_dtype,
+        group_sizes,
+        y_scale,
+    )
+    kind = kind_of(call)
+    return _int8_result(call) if kind is Kind.INT8 else float_result(call, kind)
 
-    *_, rows, inner = x1.shape
-    *_, x2_rows, columns = x2.shape
-    check_size(inner == x2_rows, OP, f"x1 has {inner} columns, x2 {x2_rows} rows; accepted: the same number")
-    batch = _batch_shape(x1, x2)
-    check_broadcastable(OP, "scale", scale, (columns,), (0,))
-    if offset is not None:
-        check_broadcastable(OP, "offset", offset, (columns,), (0,))
-    check_shape(OP, "pertoken_scale", pertoken_scale, (rows,))
-    if bias is not None:
-        batched = bias.dim() == 3 and len(batch) == 1
-        check_shape(OP, "bias", bias, (*batch, 1, columns) if batched else (columns,))
-    return x1.new_empty((*batch, rows, columns), dtype=output)
+
+def _int8_result(call: Call) -> Tensor:
+    check_absent(call, "int8 operands", "pertoken_scale_dtype", "scale_dtype", "group_sizes", "y_scale")
+    check_matrices(call)
+    output = result_dtype(call.output_dtype)
+    _check_dtypes(call.scale, call.offset, call.pertoken_scale, call.bias, output)
+
+    *_, rows, inner = call.x1.shape
+    *_, x2_rows, columns = call.x2.shape
+    check_inner(inner, x2_rows)
+    batch = batch_shape(call.x1, call.x2)
+    check_broadcastable(OP, "scale", call.scale, (columns,), (0,))
+    if call.offset is not None:
+        check_broadcastable(OP, "offset", call.offset, (columns,), (0,))
+    check_shape(OP, "pertoken_scale", call.pertoken_scale, (rows,))
+    check_bias_shape(call.bias, batch, columns)
+    return call.x1.new_empty((*batch, rows, columns), dtype=output)
 
 
 def result_dtype(output_dtype: int | torch.dtype | None) -> torch.dtype:
-    """The dtype of the result; ``ValueError`` for one that the operator does not give."""
+    """The dtype of the result of int8 operands; ``ValueError`` for one that the operator does not give."""
     accepted = "None or 1 (int8), 3 (int32), 5 (float16), 15 (bfloat16)"
     return dtype_argument(OP, "output_dtype", output_dtype, torch.int8, _SCALE_OF_OUTPUT, accepted)
-
-
-def _batch_shape(x1: Tensor, x2: Tensor) -> tuple[int | torch.SymInt, ...]:
-    try:
-        return tuple(torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2]))
-    except RuntimeError as error:
-        given = f"{list(x1.shape[:-2])} and {list(x2.shape[:-2])}"
-        raise ValueError(f"{OP}: the batches of x1 and x2 are {given}; accepted: broadcastable") from error
 
 
 def _check_dtypes(

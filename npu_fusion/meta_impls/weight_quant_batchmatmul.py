@@ -1,4 +1,4 @@
-"""npu_weight_quant_batchmatmul: floating-point activations times an int8 or int4 weight.
+"""npu_weight_quant_batchmatmul: floating-point activations times a weight of 8 or 4 bits.
 
 ::
 
@@ -9,14 +9,18 @@ in fp32; with ``quant_scale`` in place of the last rounding ``y = sat_int8(rint(
 quant_offset)))``. ``antiquant_scale`` and ``antiquant_offset`` hold one number, one for each column of the
 weight, or one for each column and each group of ``antiquant_group_size`` consecutive rows.
 
-Traps: the offset is ADDED to the weight (the negative of the usual zero point). ``antiquant_group_size`` has
-no effect unless the scale has more than one row. Eight int4 weights share an int32, lowest nibble first,
-along the columns of a contiguous weight [K, N/8], along the rows of a transposed one (a [K/8, N] view of
-[N, K/8]).
+The weight is of int8, int4, float8_e4m3fn, hifloat8, float4_e2m1 or float4_e1m2; ``_weight_formats.py`` says
+how tensors carry these. ``antiquant_scale`` is e8m0 for mxfp4: a power of two for each 32 rows, which is
+converted to the dtype of x first.
 
-Formula: op-plugin documentation and Meta implementation of torch_npu 2.13.0. That the dequantized weight is
-rounded to the dtype of x follows from the matrix unit, which multiplies in that dtype. Not implemented: int64
-``antiquant_scale``, and weights that ``weight_dtype`` reinterprets (int4 in uint8, float4, float8).
+Traps: the offset is ADDED to the weight (the negative of the usual zero point). ``antiquant_group_size`` has
+no effect on integers unless the scale has more than one row. Floating-point weights (Ascend 950) take no
+offset and no ``quant_scale``, and a bias in the dtype of x, where integers take fp32 beside bf16.
+
+Formula: op-plugin documentation and Meta implementation of torch_npu 2.13.0; of the floating-point weights,
+the reference computation of aclnnWeightQuantBatchMatmulV2. That the dequantized weight is rounded to the
+dtype of x follows from the matrix unit, which multiplies in that dtype. Not implemented: int64
+``antiquant_scale``, and int4 in uint8 (``weight_dtype`` 285).
 """
 
 from __future__ import annotations
@@ -34,10 +38,8 @@ from npu_fusion.meta_impls._checks import (
     check_size,
 )
 from npu_fusion.meta_impls._registry import operator
+from npu_fusion.meta_impls._weight_formats import OP, check_float_scale, format_of, logical_shape
 
-OP = "npu_weight_quant_batchmatmul"
-
-_INT4_PER_INT32 = 8
 _BIAS_OF_X = {torch.float16: torch.float16, torch.bfloat16: torch.float32}
 
 
@@ -62,37 +64,46 @@ def npu_weight_quant_batchmatmul(
 
     Args:
         x: fp16 or bf16 [M, K].
-        weight: int8 [K, N], or int4 packed in int32 (module docstring).
-        antiquant_scale: dtype of ``x``; [1] or [1, 1], [N] or [1, N], or [ceil(K / antiquant_group_size), N].
-        antiquant_offset: dtype and shape of ``antiquant_scale``.
+        weight: [K, N], maybe several numbers in an element (``_weight_formats.py``).
+        antiquant_scale: dtype of ``x``. int8, int4: [1] or [1, 1], [N] or [1, N], or
+            [ceil(K / antiquant_group_size), N]. 8-bit floats: [N] or [1, N]. 4-bit floats: one for groups,
+            transposed in memory where the weight is; for float4_e2m1 also of uint8 or float8_e8m0fnu.
+        antiquant_offset: dtype and shape of ``antiquant_scale``; integers only.
         quant_scale: fp32, or int64 packed by ``npu_trans_quant_param``; [1], [N] or [1, N]. Makes ``y`` int8.
+            Integers only.
         quant_offset: fp32, the shape of ``quant_scale``; only with an fp32 ``quant_scale``.
-        bias: [N] or [1, N]; fp16 for fp16 ``x``, fp32 for bf16 ``x``.
-        antiquant_group_size: rows of a group, for a scale of several rows.
+        bias: [N] or [1, N]. The dtype of ``x``, but for integers fp32 with bf16 ``x``.
+        antiquant_group_size: rows of a group, for a scale of several rows; 0 otherwise. For 4-bit floats a
+            multiple of 32 below K, and 32 where the scales are powers of two.
         inner_precise: 0 (precise) or 1 (fast); the CPU kernel is always precise.
-        weight_dtype: None.
+        weight_dtype: None, or for uint8 290 (hifloat8), 296 (float4_e2m1), 297 (float4_e1m2).
 
     Returns ``y`` in the dtype of ``x``, or int8. Raises ``ValueError`` for anything else.
     """
     check_dtype(OP, "x", x, *_BIAS_OF_X)
     check_rank(OP, "x", x, 2, 2)
-    check_dtype(OP, "weight", weight, torch.int8, torch.int32)
+    form = format_of(weight, weight_dtype)
     check_rank(OP, "weight", weight, 2, 2)
     check_choice(OP, "inner_precise", inner_precise, (0, 1))
-    check(weight_dtype is None, OP, "weight_dtype", weight_dtype, "None")
     check(antiquant_group_size >= 0, OP, "antiquant_group_size", antiquant_group_size, "0 or more")
     rows, inner = x.shape
-    weight_rows, columns = _logical_shape(weight)
+    weight_rows, columns = logical_shape(weight, form)
     message = f"x has {inner} columns, weight {weight_rows} rows; accepted: the same number"
     check_size(inner == weight_rows, OP, message)
 
-    check_dtype(OP, "antiquant_scale", antiquant_scale, x.dtype)
-    _check_antiquant_shape(antiquant_scale, inner, columns, antiquant_group_size)
-    check_dtype(OP, "antiquant_offset", antiquant_offset, antiquant_scale.dtype)
-    check_shape(OP, "antiquant_offset", antiquant_offset, antiquant_scale.shape)
+    if form.integer:
+        check_dtype(OP, "antiquant_scale", antiquant_scale, x.dtype)
+        _check_antiquant_shape(antiquant_scale, inner, columns, antiquant_group_size)
+        check_dtype(OP, "antiquant_offset", antiquant_offset, antiquant_scale.dtype)
+        check_shape(OP, "antiquant_offset", antiquant_offset, antiquant_scale.shape)
+    else:
+        check_float_scale(form, x, weight, antiquant_scale, columns, antiquant_group_size)
+        accepted = f"None with weights of {form.numbers}"
+        check(antiquant_offset is None, OP, "antiquant_offset", "given", accepted)
+        check(quant_scale is None, OP, "quant_scale", "given", accepted)
 
     if bias is not None:
-        check_dtype(OP, "bias", bias, _BIAS_OF_X[x.dtype])
+        check_dtype(OP, "bias", bias, _BIAS_OF_X[x.dtype] if form.integer else x.dtype)
         check_rank(OP, "bias", bias, 1, 2)
         check_shape(OP, "bias", bias, (columns,) if bias.dim() == 1 else (1, columns))
 
@@ -108,22 +119,6 @@ def npu_weight_quant_batchmatmul(
     check_dtype(OP, "quant_offset", quant_offset, torch.float32)
     check_shape(OP, "quant_offset", quant_offset, quant_scale.shape)
     return x.new_empty((rows, columns), dtype=torch.int8)
-
-
-def packed_along_rows(weight: Tensor) -> bool:
-    """Whether the int32 ``weight`` holds eight int4 of a column (a transposed view), not of a row."""
-    return not weight.is_contiguous()
-
-
-def _logical_shape(weight: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-    rows, columns = weight.shape
-    if weight.dtype == torch.int8:
-        return rows, columns
-    if packed_along_rows(weight):
-        accepted = "contiguous, or the transpose of a contiguous tensor"
-        check(weight.t().is_contiguous(), OP, "weight", f"int32 with strides {weight.stride()}", accepted)
-        return rows * _INT4_PER_INT32, columns
-    return rows, columns * _INT4_PER_INT32
 
 
 def _check_antiquant_shape(

@@ -19,6 +19,11 @@ from torchair.ge._ge_graph import _ge_proto_dtype_to_ge_dtype, ge_type_to_torch_
 
 npu = torch.ops.npu
 
+HIFLOAT8, E8M0, FLOAT4, FLOAT4_E1M2 = 290, 293, 296, 297
+# Types without a dtype in (all releases of) PyTorch, as GE's protocol and as its operators number them.
+_IN_PROTOCOL = {33: HIFLOAT8, 36: E8M0, 39: FLOAT4, 40: FLOAT4_E1M2}
+_IN_OPERATORS = {34: HIFLOAT8, 37: E8M0, 40: FLOAT4, 41: FLOAT4_E1M2}
+
 
 class Operator:
     """One operator of a GE graph."""
@@ -58,6 +63,11 @@ class Given:
 
     def __getattr__(self, name: str) -> Any:
         return self.values.get(name)
+
+    def element(self, name: str) -> int | None:
+        """The GE type of an input, for those that carry one without a dtype in PyTorch in their bytes."""
+        types = {d.name: d.dtype for d in self.operator.op.input_desc}
+        return _IN_PROTOCOL.get(types[name])
 
     def numbers(self, name: str) -> list[int]:
         """A shape or a permutation, which GE gets as a tensor."""
@@ -170,6 +180,63 @@ def _quant_matmul(x: Given) -> Tensor:
     return npu.npu_quant_matmul(x.x1, x.x2, x.scale, **more, output_dtype=x.dtype("dtype"))
 
 
+def _bitcast(x: Given) -> Tensor:
+    """Bytes stay bytes. Without ``keep_dim`` two numbers of 4 bits become a dimension of their own."""
+    element = _IN_OPERATORS.get(x.attribute("type", None))
+    if element in (FLOAT4, FLOAT4_E1M2) and not x.attribute("keep_dim", False):
+        return torch.stack([x.x & 0xF, x.x >> 4], dim=-1)
+    return x.x.view(x.dtype("type")) if element is None else x.x
+
+
+def _packed(x2: Tensor, inner: int) -> Tensor:
+    """float4 as npu_quant_matmul takes it: two numbers in a byte, which a Bitcast may have taken apart."""
+    return x2 if x2.size(0) != inner else (x2[0::2] | x2[1::2] << 4).t().contiguous().t()
+
+
+def _quant_matmul_v4(x: Given) -> Tensor:
+    assert not x.attribute("transpose_x1", False)
+    x2, scale, x2_dtype = x.x2, x.x2_scale, x.element("x2")
+    blocks = scale.dim() == 3  # torchair does not say the type of transposed e8m0
+    if x.attribute("transpose_x2", False):
+        x2, scale = x2.mT, scale.transpose(0, 1) if blocks else scale
+    if x2.dtype == torch.uint8 and x2_dtype != HIFLOAT8:
+        x2, x2_dtype = _packed(x2, x.x1.size(-1)), FLOAT4
+    size = x.attribute("group_size", 0)
+    return npu.npu_quant_matmul(
+        x.x1,
+        x2,
+        scale,
+        pertoken_scale=x.x1_scale,
+        bias=x.bias,
+        output_dtype=x.dtype("dtype"),
+        x1_dtype=x.element("x1"),
+        x2_dtype=x2_dtype,
+        pertoken_scale_dtype=E8M0 if blocks else None,
+        scale_dtype=E8M0 if blocks else None,
+        group_sizes=[size >> 32, size >> 16 & 0xFFFF, size & 0xFFFF] if size else None,
+        y_scale=None if x.y_scale is None else x.y_scale.view(torch.int64),
+    )
+
+
+def _weight_quant_matmul(x: Given) -> Tensor:
+    given = (x.x, x.weight, x.antiquant_scale)
+    options = x.operator.attributes("antiquant_group_size", "inner_precise")
+    return npu.npu_weight_quant_batchmatmul(*given, bias=x.bias, weight_dtype=x.element("weight"), **options)
+
+
+def _quant_conv2d(x: Given) -> Tensor:
+    top, bottom, left, right = x.attribute("pads", None)
+    assert (top, left) == (bottom, right)
+    strides, dilations = x.attribute("strides", None)[2:], x.attribute("dilations", None)[2:]
+    more = (x.attribute("groups", 1), x.attribute("offset_x", 0), x.attribute("round_mode", "rint"))
+    types = x.element("x"), x.element("filter")
+    output = {0: 6, 1: 5, 27: 15, 34: 290}[x.attribute("dtype", None)]
+    operands = x.values["x"], x.values["filter"], x.scale
+    return npu.npu_quant_conv2d(
+        *operands, strides, (top, left), dilations, *more, output, x.bias, None, *types
+    )
+
+
 def _dequant_swiglu_quant(x: Given) -> Any:
     tensors = x.named(
         "weight_scale", "activation_scale", "bias", "quant_scale", "quant_offset", "group_index"
@@ -269,6 +336,10 @@ _RUN: dict[str, Callable[[Given], Any]] = {
     "Quantize": _quantize,
     "AscendQuantV2": _ascend_quant,
     "QuantBatchMatmulV3": _quant_matmul,
+    "QuantBatchMatmulV4": _quant_matmul_v4,
+    "WeightQuantBatchMatmulV2": _weight_quant_matmul,
+    "QuantConv2D": _quant_conv2d,
+    "Bitcast": _bitcast,
     "DequantSwigluQuant": _dequant_swiglu_quant,
     "RotaryMul": _rotated,
     "RotaryPositionEmbedding": _with_mode,

@@ -29,7 +29,8 @@ def _tensors(dtype: torch.dtype) -> Callable[..., Tensor]:
 f16, bf16, f32, f64 = map(_tensors, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 i8, i16, i32, i64 = map(_tensors, (torch.int8, torch.int16, torch.int32, torch.int64))
 u8, boolean = map(_tensors, (torch.uint8, torch.bool))
-e4m3, e8m0 = _tensors(torch.float8_e4m3fn), _tensors(torch.float8_e8m0fnu)
+e4m3, e5m2 = _tensors(torch.float8_e4m3fn), _tensors(torch.float8_e5m2)
+e8m0 = _tensors(torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Grid:
     base: dict[str, Any]
     cases: list[Case] = field(default_factory=list)
 
-    def __init__(self, *operators: str, **base: Any) -> None:
+    def __init__(self, *operators: str, label: str = "base", **base: Any) -> None:
         self.operators, self.base, self.cases = operators, base, []
-        self.accepts("base")
+        self.accepts(label)
 
     def accepts(self, label: str, **changes: Any) -> None:
         self._add(label, changes, True)

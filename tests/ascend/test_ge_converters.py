@@ -17,9 +17,11 @@ import torchair._ge_concrete_graph.ge_converter.custom  # noqa: F401  (registers
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
+from torchair.ge._ge_graph import DataType, torch_dtype_value_to_ge_type
 
 from npu_fusion.config import fusion_flags
 from npu_fusion.hosts._ge_limits import why_not
+from npu_fusion.meta_impls._dtypes import E8M0, FLOAT4_E1M2, FLOAT4_E2M1, HIFLOAT8
 from tests.ascend._lowering import Lowered, lower, lower_only
 from tests.passes import _mla, test_rotary_mul
 
@@ -41,6 +43,8 @@ EMITTED = (
     "npu_rotary_mul",
     "npu_swiglu",
 )
+CALLED = ("npu_dynamic_mx_quant", "npu_trans_quant_param")
+"""What quantized models call themselves, besides."""
 NOT_TAKEN = {
     ("npu_kv_rmsnorm_rope_cache_v2_functional", name) for name in ("k_cache_dtype", "ckv_cache_dtype")
 }
@@ -54,7 +58,7 @@ def untouched(fn: Any, *args: Any, **options: Any) -> Lowered:
     return lower(fn, args, **flags, **options)
 
 
-@pytest.mark.parametrize("name", EMITTED)
+@pytest.mark.parametrize("name", [*EMITTED, *CALLED])
 def test_converters_take_what_the_schema_has(name: str) -> None:
     """Same order of positional arguments, same defaults: FX leaves out what is the schema's default."""
     operator = getattr(npu, name).default
@@ -71,6 +75,23 @@ def test_converters_take_what_the_schema_has(name: str) -> None:
             defaults = (argument.default_value, parameter.default)
             expected = OTHER_DEFAULTS.get((name, argument.name), (defaults[0], defaults[0]))
             assert defaults == expected, argument.name
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (23, "FLOAT8_E5M2"),
+        (24, "FLOAT8_E4M3FN"),
+        (HIFLOAT8, "HIFLOAT8"),
+        (291, "FLOAT8_E5M2"),
+        (292, "FLOAT8_E4M3FN"),
+        (E8M0, "FLOAT8_E8M0"),
+        (FLOAT4_E2M1, "FLOAT4_E2M1"),
+        (FLOAT4_E1M2, "FLOAT4_E1M2"),
+    ],
+)
+def test_numbers_of_dtypes_mean_the_same(number: int, name: str) -> None:
+    assert torch_dtype_value_to_ge_type(number) == getattr(DataType, f"DT_{name}")
 
 
 def node(*shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
@@ -115,6 +136,29 @@ def test_quantize_by_factors_means_the_same_axis(axis: int) -> None:
     x, scale = torch.randn(4, 6, 6), torch.rand(6) * 20
     got = untouched(lambda x, s: npu.npu_quantize(x, s, None, torch.qint8, axis, False), x, scale)
     assert got.graph.only("AscendQuantV2").attribute("axis", None) == (-2 if axis == -2 else -1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "keywords", "result"),
+    [
+        (torch.float32, {}, "int8"),
+        (torch.float32, {"output_dtype": 1}, "int8"),
+        (torch.float32, {"output_dtype": torch.int8}, "int8"),
+        (torch.float32, {"output_dtype": 5}, "float16"),
+        (torch.float32, {"output_dtype": 5, "pertoken_scale": node(2)}, None),
+        (torch.float32, {"output_dtype": 15}, None),
+        (torch.float32, {"output_dtype": 3}, None),
+        (torch.int64, {"output_dtype": 1}, None),
+        (torch.int64, {"output_dtype": 5}, None),
+    ],
+)
+def test_quant_matmul_takes_packed_scales(
+    scale: torch.dtype, keywords: dict[str, Any], result: str | None
+) -> None:
+    q, w = node(2, 16, dtype=torch.int8), node(16, 8, dtype=torch.int8)
+    reason = why_not(npu.npu_quant_matmul.default, (q, w, node(8, dtype=scale)), keywords)
+    expected = f"in graph mode npu_quant_matmul takes no float32 scale for a result in {result}"
+    assert reason == (None if result is None else expected)
 
 
 def test_int_mm_is_not_implemented() -> None:

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import npu_fusion  # noqa: F401  (registers the operators)
+from npu_fusion import formats
+from tests.formats._numbers import rounded
 
 dynamic_quant = torch.ops.npu.npu_dynamic_quant
 asymmetric = torch.ops.npu.npu_dynamic_quant_asymmetric
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-QUINT4X2 = 16
+QUINT4X2, HIFLOAT8 = 16, 290
+FLOATS = {23: "float8_e5m2", 24: "float8_e4m3fn", HIFLOAT8: "hifloat8"}
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +231,89 @@ def test_properties(
         y_row, scale_row = dynamic_quant(x[row : row + 1])
         assert torch.equal(y_row[0], y[row])
         assert torch.equal(scale_row[0], scale[row])
+
+
+def assert_float_quantized(x: Tensor, y: Tensor, scale: Tensor, name: str, largest: float) -> None:
+    """``y`` and ``scale`` [..., 1] are the symmetric quantization of the float32 rows ``x``."""
+    exact = x.double().abs().amax(-1, keepdim=True) / largest
+    torch.testing.assert_close(scale.double(), exact, rtol=1e-6, atol=0)
+    values = formats.decode(y, name).double()
+    # The quotient of float32, which is correctly rounded.
+    assert torch.equal(values, rounded(x / scale, name))
+    assert ((values.abs() - largest).abs().amin(-1) <= largest * 2.0**-3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dst_type", FLOATS)
+def test_floats_match_the_nearest_numbers(dst_type: int, dtype: torch.dtype) -> None:
+    x, smooth = torch.randn(3, 2, 40).to(dtype), (torch.rand(40) + 0.1).to(dtype)
+    y, scale = dynamic_quant(x, smooth_scales=smooth, dst_type=dst_type)
+    name = FLOATS[dst_type]
+    rows = x.float() * smooth.float()
+    assert_float_quantized(rows, y, scale.unsqueeze(-1), name, formats.MAXIMUM[name])
+
+
+@pytest.mark.parametrize("largest", [15.0, 1.0, 240.0])
+def test_hifloat8_reaches_as_far_as_asked(largest: float) -> None:
+    x = torch.randn(5, 64)
+    y, scale = dynamic_quant(x, dst_type=HIFLOAT8, dst_type_max=largest)
+    assert_float_quantized(x, y, scale.unsqueeze(-1), "hifloat8", largest)
+
+
+def test_hifloat8_is_most_exact_where_it_has_most_digits() -> None:
+    x = torch.randn(64, 256)
+    errors = []
+    for largest in (15.0, 0.0):
+        y, scale = dynamic_quant(x, dst_type=HIFLOAT8, dst_type_max=largest)
+        error = formats.decode(y, "hifloat8") * scale.unsqueeze(-1) - x
+        errors.append(error.square().mean())
+    assert errors[0] < errors[1] / 4
+
+
+@pytest.mark.parametrize("dst_type", FLOATS)
+@pytest.mark.parametrize("quant_mode", ["perchannel", "pertensor"])
+def test_modes_of_floats(quant_mode: str, dst_type: int) -> None:
+    x, name = torch.randn(3, 4, 8), FLOATS[dst_type]
+    y, scale = dynamic_quant(x, dst_type=dst_type, quant_mode=quant_mode)
+    if quant_mode == "perchannel":
+        assert_float_quantized(x.mT, y.mT, scale.unsqueeze(-1), name, formats.MAXIMUM[name])
+    else:
+        assert_float_quantized(x.reshape(1, -1), y.reshape(1, -1), scale[None], name, formats.MAXIMUM[name])
+
+
+@pytest.mark.parametrize("dst_type", FLOATS)
+def test_zero_rows_and_empty_inputs_of_floats(dst_type: int) -> None:
+    x = torch.randn(3, 16)
+    x[1] = 0
+    y, scale = dynamic_quant(x, dst_type=dst_type)
+    assert scale[1] == 0 and (y.view(torch.uint8)[1] == 0).all()
+    for shape in ((0, 8), (3, 0)):
+        y, scale = dynamic_quant(torch.empty(shape), dst_type=dst_type)
+        assert y.shape == shape and (scale == 0).all()
+        assert asymmetric(torch.empty(shape), dst_type=dst_type)[0].shape == shape
+
+
+@pytest.mark.parametrize(("dst_type", "largest"), [(23, 0.0), (24, 0.0), (HIFLOAT8, 0.0), (HIFLOAT8, 15.0)])
+def test_asymmetric_floats_match_float64(dst_type: int, largest: float) -> None:
+    x, name = torch.rand(6, 32).half(), FLOATS[dst_type]
+    y, scale, offset = asymmetric(x, dst_type=dst_type, dst_type_max=largest)
+    largest = largest or formats.MAXIMUM[name]
+    rows = x.double()
+    exact_scale = (rows.amax(-1) - rows.amin(-1)) / (2 * largest)
+    torch.testing.assert_close(scale.double(), exact_scale, rtol=1e-6, atol=0)
+    exact_offset = largest - rows.amax(-1) / exact_scale
+    torch.testing.assert_close(offset.double(), exact_offset, rtol=1e-5, atol=1e-5 * largest)
+    values = formats.decode(y, name)
+    assert torch.equal(values.double(), rounded(x.float() / scale[:, None] + offset[:, None], name))
+    assert (values.amax(-1) == largest).all() and (values.amin(-1) == -largest).all()
+
+
+@pytest.mark.parametrize("dst_type", FLOATS)
+def test_groups_of_floats(dst_type: int) -> None:
+    x, smooth = torch.randn(5, 8), torch.rand(2, 8) + 0.1
+    ends = torch.tensor([3, 5], dtype=torch.int32)
+    y, scale = dynamic_quant(x, smooth_scales=smooth, group_index=ends, dst_type=dst_type)
+    for rows, factor in ((slice(0, 3), smooth[0]), (slice(3, 5), smooth[1])):
+        y_alone, scale_alone = dynamic_quant(x[rows], smooth_scales=factor, dst_type=dst_type)
+        assert torch.equal(y[rows].view(torch.uint8), y_alone.view(torch.uint8))
+        assert torch.equal(scale[rows], scale_alone)

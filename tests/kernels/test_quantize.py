@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npu_fusion  # noqa: F401  (registers the operators)
+from npu_fusion import formats
+from tests.formats._numbers import rounded
 
 quantize = torch.ops.npu.npu_quantize
 INT8, INT32, QINT8, QUINT8, QINT32, QUINT4X2 = 1, 3, 12, 13, 14, 16
+FLOATS = {23: "float8_e5m2", 24: "float8_e4m3fn", 290: "hifloat8"}
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +159,52 @@ def test_equals_exact_rational_arithmetic(
     for value, got in zip(eighths, y.tolist(), strict=True):
         exact = Fraction(value, 8) / scale if div_mode else Fraction(value, 8) * scale
         assert got == min(127, max(-128, rint(exact + zero_point)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    # As above: what is rounded is exact.
+    eighths=st.lists(st.integers(-4000, 4000), min_size=1, max_size=20),
+    exponent=st.integers(-12, 6),
+    zero_point=st.integers(-128, 127),
+    div_mode=st.booleans(),
+    dtype=st.sampled_from(list(FLOATS)),
+)
+def test_floats_are_the_nearest_to_exact_arithmetic(
+    eighths: list[int], exponent: int, zero_point: int, div_mode: bool, dtype: int
+) -> None:
+    x = torch.tensor(eighths, dtype=torch.float32) / 8
+    zero_points = torch.tensor([zero_point], dtype=torch.int32 if div_mode else torch.float32)
+    y = quantize(x, torch.tensor([2.0**exponent]), zero_points, dtype, -1, div_mode)
+    exact = x.double() * 2.0 ** (-exponent if div_mode else exponent) + zero_point
+    given_ = formats.decode(y, FLOATS[dtype]).double()
+    assert given_.tolist() == rounded(exact, FLOATS[dtype]).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "name"), FLOATS.items())
+def test_floats_are_rounded_once_and_saturate(dtype: int, name: str) -> None:
+    """Not to an integer, and not by way of the dtype of the input."""
+    x = torch.tensor([[0.3, 1e30, -1e30, -0.0]]).bfloat16()
+    y = formats.decode(quantize(x, torch.tensor([7.0]), None, dtype, -1), name)
+    quotient = x.float() / 7
+    assert y.double().tolist() == rounded(quotient, name).tolist()
+    assert y[0, 1] == formats.MAXIMUM[name] == -y[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(23, [57344.0, -57344.0]), (24, [448.0, -448.0]), (290, [math.inf, -math.inf])],
+)
+def test_floats_keep_nan_and_hifloat8_infinity(dtype: int, expected: list[float]) -> None:
+    y = quantize(torch.tensor([math.nan, math.inf, -math.inf]), torch.ones(1), None, dtype)
+    values = formats.decode(y, FLOATS[dtype])
+    assert values[0].isnan() and values[1:].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats_of_strided_and_empty_inputs(dtype: int) -> None:
+    x, scales = torch.randn(5, 4, 3).permute(2, 1, 0), torch.rand(4) + 0.1
+    y = quantize(x, scales, None, dtype)
+    assert torch.equal(y.view(torch.uint8), quantize(x.contiguous(), scales, None, dtype).view(torch.uint8))
+    assert y.is_contiguous()
+    assert quantize(torch.empty(0, 4), torch.ones(4), None, dtype).shape == (0, 4)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npu_fusion.meta_impls._dtypes import dtype_argument, enum_value, torch_dtype
+from npu_fusion.meta_impls._dtypes import HIFLOAT8, HIFLOAT8_DTYPE, dtype_argument, enum_value, torch_dtype
 
 
 def test_none_is_the_default_and_a_dtype_is_itself() -> None:
@@ -67,3 +67,11 @@ def test_the_value_of_a_dtype_is_what_the_dispatcher_makes_of_it() -> None:
 def test_an_argument_that_is_refused_is_named(value: int | torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"^npu_x: dst_type is {value}; accepted: None or 1$"):
         dtype_argument("npu_x", "dst_type", value, torch.int8, (torch.int8,), "None or 1")
+
+
+def test_hifloat8_is_an_answer_only_where_it_is_offered() -> None:
+    offered = (torch.int8, HIFLOAT8_DTYPE)
+    assert dtype_argument("npu_x", "dst_type", HIFLOAT8, torch.int8, offered, "") == HIFLOAT8_DTYPE
+    assert dtype_argument("npu_x", "dst_type", 1, torch.int8, offered, "") == torch.int8
+    with pytest.raises(ValueError, match="^npu_x: dst_type is 290; accepted: int8$"):
+        dtype_argument("npu_x", "dst_type", HIFLOAT8, torch.int8, (torch.int8,), "int8")

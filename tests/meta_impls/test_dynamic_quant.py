@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from tests.meta_impls._opcheck import check_operator, check_refused, compile_dynamic
 
 NAMES = ["npu_dynamic_quant", "npu_dynamic_quant_asymmetric"]
-QUINT4X2 = 16
+QUINT4X2, HIFLOAT8 = 16, 290
+FLOATS = {
+    23: torch.float8_e5m2,
+    24: torch.float8_e4m3fn,
+    291: torch.float8_e5m2,
+    292: torch.float8_e4m3fn,
+    torch.float8_e5m2: torch.float8_e5m2,
+    torch.float8_e4m3fn: torch.float8_e4m3fn,
+    HIFLOAT8: torch.uint8,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,13 +52,39 @@ def test_int4(name: str, quant_mode: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("quant_mode", ["pertoken", "perchannel", "pertensor"])
+@pytest.mark.parametrize("dst_type", FLOATS)
+def test_floats(name: str, quant_mode: str, dst_type: int | torch.dtype) -> None:
+    x = torch.randn(16, 3, 2).permute(2, 1, 0).bfloat16()
+    y, *numbers = check_operator(name, x, dst_type=dst_type, quant_mode=quant_mode)
+    assert (y.shape, y.dtype) == (x.shape, FLOATS[dst_type])
+    assert all(number.dtype == torch.float32 for number in numbers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dst_type_max", [0.0, 15.0, 32768.0])
+def test_hifloat8_takes_a_maximum(name: str, dst_type_max: float) -> None:
+    y, *_ = check_operator(name, torch.randn(0, 8), dst_type=HIFLOAT8, dst_type_max=dst_type_max)
+    assert (y.shape, y.dtype) == ((0, 8), torch.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_groups(name: str) -> None:
     group_index = torch.tensor([1, 1, 6], dtype=torch.int32)
     check_operator(name, torch.randn(2, 3, 8), smooth_scales=torch.rand(3, 8), group_index=group_index)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kwargs", [{}, {"dst_type": QUINT4X2}, {"quant_mode": "perchannel"}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"dst_type": QUINT4X2},
+        {"quant_mode": "perchannel"},
+        {"dst_type": 24},
+        {"dst_type": HIFLOAT8, "dst_type_max": 15.0},
+    ],
+)
 def test_dynamic_rows_in_one_graph(name: str, kwargs: dict[str, Any]) -> None:
     operator = getattr(torch.ops.npu, name)
     compile_dynamic(lambda x: operator(x, **kwargs), lambda t: [torch.randn(t, 16)], [2, 7, 3])
@@ -74,7 +110,7 @@ class TestRefusals:
         check_refused(name, "input has dtype int32; accepted: float16, bfloat16, float32", self.x.int())
         check_refused(name, "input has 1 dimensions; accepted: at least 2", self.x[0])
 
-    @pytest.mark.parametrize("dst_type", [2, 5, 12, 24, 290])
+    @pytest.mark.parametrize("dst_type", [2, 5, 12, 21, 285, 296])
     def test_dst_type(self, name: str, dst_type: int) -> None:
         # 2 is int8 in the graph engine below torch_npu, and int16 here.
         check_refused(
@@ -84,7 +120,16 @@ class TestRefusals:
     def test_modes(self, name: str) -> None:
         check_refused(name, "quant_mode is 'static'; accepted: 'pertoken'", self.x, quant_mode="static")
         check_refused(name, "quant_mode is 'perchannel'", self.x, dst_type=QUINT4X2, quant_mode="perchannel")
-        check_refused(name, "dst_type_max is 15.0; accepted: 0", self.x, dst_type_max=15.0)
+
+    @pytest.mark.parametrize("dst_type", [None, QUINT4X2, 24])
+    def test_maximum_of_other_types(self, name: str, dst_type: int | None) -> None:
+        message = r"dst_type_max is 15.0; accepted: 0 \(other values act on hifloat8 only\)"
+        check_refused(name, message, self.x, dst_type=dst_type, dst_type_max=15.0)
+
+    @pytest.mark.parametrize("dst_type_max", [-1.0, 32768.5, math.inf, math.nan])
+    def test_maximum_of_hifloat8(self, name: str, dst_type_max: float) -> None:
+        message = f"dst_type_max is {dst_type_max}; accepted: 0 to 32768"
+        check_refused(name, message, self.x, dst_type=HIFLOAT8, dst_type_max=dst_type_max)
 
     def test_int4_columns(self, name: str) -> None:
         check_refused(

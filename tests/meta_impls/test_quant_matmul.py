@@ -93,7 +93,7 @@ def test_dynamic_everything_in_one_graph() -> None:
 
 
 def test_refuses_operands() -> None:
-    check_refused(NAME, "x1 has dtype int32; accepted: int8", X1.int(), X2, SCALE)
+    check_refused(NAME, "x1 has dtype int32; accepted: int8, float8_e4m3fn", X1.int(), X2, SCALE)
     check_refused(NAME, "x2 has dtype float16; accepted: int8", X1, X2.half(), SCALE)
     check_refused(NAME, "x1 has 1 dimensions; accepted: 2 to 6", X1[0], X2, SCALE)
     check_refused(NAME, "x2 has 7 dimensions; accepted: 2 to 6", X1, X2.expand(1, 1, 1, 1, 1, 8, 4), SCALE)
@@ -106,16 +106,21 @@ def test_refuses_operands() -> None:
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"x1_dtype": 1},
-        {"x2_dtype": 285},
         {"pertoken_scale_dtype": 44},
-        {"scale_dtype": 44},
+        {"scale_dtype": 293},
         {"group_sizes": [1, 128, 128]},
         {"y_scale": torch.ones(1)},
     ],
+    ids=lambda kwargs: next(iter(kwargs)),
 )
-def test_refuses_what_is_not_implemented(kwargs: dict[str, Any]) -> None:
-    check_refused(NAME, f"{next(iter(kwargs))} is given; accepted: None", X1, X2, SCALE, **kwargs)
+def test_refuses_what_int8_has_no_use_for(kwargs: dict[str, Any]) -> None:
+    message = f"{next(iter(kwargs))} is given; accepted: None with int8 operands"
+    check_refused(NAME, message, X1, X2, SCALE, **kwargs)
+
+
+def test_refuses_numbers_of_types() -> None:
+    check_refused(NAME, "x1_dtype is 1; accepted: None for int8", X1, X2, SCALE, x1_dtype=1)
+    check_refused(NAME, "x2_dtype is 285; accepted: None for int8", X1, X2, SCALE, x2_dtype=285)
 
 
 @pytest.mark.parametrize("output", [0, 2, 6, 12, 290])

@@ -7,6 +7,14 @@ from tests.meta_impls._opcheck import check_operator, check_refused, compile_dyn
 
 NAME = "npu_quantize"
 QINT8, QUINT8, QINT32, QUINT4X2 = 12, 13, 14, 16
+FLOATS = {
+    23: torch.float8_e5m2,
+    24: torch.float8_e4m3fn,
+    290: torch.uint8,
+    torch.float8_e5m2: torch.float8_e5m2,
+    torch.float8_e4m3fn: torch.float8_e4m3fn,
+}
+OF_TORCH_NPU = {291: torch.float8_e5m2, 292: torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -32,16 +40,32 @@ def test_without_div_mode(axis: int) -> None:
     assert (y.shape, y.dtype) == ((2, 8, 1), torch.int32)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 8), (0, 3)])
+def test_floats(dtype: int | torch.dtype, shape: tuple[int, ...]) -> None:
+    x, zero_points = torch.randn(shape).bfloat16(), torch.ones(3, dtype=torch.int32)
+    y = check_operator(NAME, x, torch.ones(3), zero_points, dtype)
+    assert (y.shape, y.dtype) == (shape, FLOATS[dtype])
+    check_operator(NAME, x.transpose(0, 1), torch.ones(1), None, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS | OF_TORCH_NPU)
+def test_floats_without_div_mode(dtype: int | torch.dtype) -> None:
+    y = check_operator(NAME, torch.randn(2, 8), torch.ones(8), torch.ones(8), dtype, -1, False)
+    assert (y.shape, y.dtype) == ((2, 8), (FLOATS | OF_TORCH_NPU)[dtype])
+
+
 def test_one_dimension() -> None:
     check_operator(NAME, torch.randn(8), torch.ones(1), None, QINT8)
     check_operator(NAME, torch.randn(8), torch.ones(8), None, QINT8, 0)
     check_operator(NAME, torch.randn(8), torch.ones(8), None, QUINT4X2, -1, False)
 
 
+@pytest.mark.parametrize("dtype", [QINT8, 24, 290])
 @pytest.mark.parametrize("div_mode", [True, False])
-def test_dynamic_rows_in_one_graph(div_mode: bool) -> None:
+def test_dynamic_rows_in_one_graph(div_mode: bool, dtype: int) -> None:
     compile_dynamic(
-        lambda x: torch.ops.npu.npu_quantize(x, torch.ones(8), None, QINT8, 1, div_mode),
+        lambda x: torch.ops.npu.npu_quantize(x, torch.ones(8), None, dtype, 1, div_mode),
         lambda t: [torch.randn(t, 8)],
         [2, 7, 3],
     )
@@ -69,14 +93,16 @@ def test_refuses_dtypes() -> None:
 
 
 @pytest.mark.parametrize("div_mode", [True, False])
-@pytest.mark.parametrize("dtype", [2, 5, 24, 290])
+@pytest.mark.parametrize("dtype", [2, 5, 21, 285, 296])
 def test_refuses_result_dtypes(dtype: int, div_mode: bool) -> None:
     check_refused(
         NAME, rf"dtype is {dtype}; accepted: 1 \(int8\), 12 \(qint8\)", X, ONE, None, dtype, 1, div_mode
     )
 
 
-@pytest.mark.parametrize(("dtype", "div_mode"), [(QUINT8, False), (QINT32, False), (QUINT4X2, True)])
+@pytest.mark.parametrize(
+    ("dtype", "div_mode"), [(QUINT8, False), (QINT32, False), (QUINT4X2, True), (291, True), (292, True)]
+)
 def test_refuses_result_dtypes_of_the_other_mode(dtype: int, div_mode: bool) -> None:
     check_refused(NAME, f"dtype is {dtype}; .*with div_mode={div_mode}", X, ONE, None, dtype, 1, div_mode)
 

@@ -83,7 +83,8 @@ def test_dynamic_everything_in_one_graph() -> None:
 
 def test_refuses_dtypes() -> None:
     check_refused(NAME, "x has dtype float32; accepted: float16, bfloat16", X.float(), WEIGHT, SCALE)
-    check_refused(NAME, "weight has dtype uint8; accepted: int8, int32", X, WEIGHT.byte(), SCALE)
+    accepted = "accepted: int8, int32, float8_e4m3fn, float32, uint8"
+    check_refused(NAME, f"weight has dtype float16; {accepted}", X, WEIGHT.half(), SCALE)
     check_refused(NAME, "antiquant_scale has dtype int64; accepted: float16", X, WEIGHT, SCALE.long())
     check_refused(NAME, "antiquant_scale has dtype bfloat16", X, WEIGHT, SCALE.bfloat16())
     check_refused(NAME, "antiquant_offset has dtype float32", X, WEIGHT, SCALE, SCALE.float())
@@ -99,7 +100,7 @@ def test_refuses_dtypes() -> None:
 
 def test_refuses_modes() -> None:
     check_refused(NAME, "inner_precise is 2; accepted: 0, 1", X, WEIGHT, SCALE, inner_precise=2)
-    check_refused(NAME, "weight_dtype is 285; accepted: None", X, WEIGHT, SCALE, weight_dtype=285)
+    check_refused(NAME, "weight_dtype is 285; accepted: None for int8", X, WEIGHT, SCALE, weight_dtype=285)
     check_refused(
         NAME, "antiquant_group_size is -1; accepted: 0 or more", X, WEIGHT, SCALE, antiquant_group_size=-1
     )
@@ -111,7 +112,7 @@ def test_refuses_operand_shapes() -> None:
     check_refused(NAME, "x has 32 columns, weight 31 rows", X, WEIGHT[:31], SCALE)
     sliced = torch.ones(K, 4, dtype=torch.int32)[:, ::2]
     check_refused(
-        NAME, "weight is int32 with strides .*; accepted: contiguous, or the transpose", X, sliced, SCALE
+        NAME, "weight is int4 in int32 with strides .*; accepted: contiguous, or the", X, sliced, SCALE
     )
 
 

@@ -1,7 +1,7 @@
 """npu_quant_matmul at speed (src/quant_matmul.cpp). Formula and traps: the file of this name in meta_impls.
 
-Takes every product with one weight matrix, but the bare one of many rows; batches of weights are the
-reference's.
+Takes every product of int8 with one weight matrix, but the bare one of many rows; batches of weights and
+floating-point operands are the reference's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def npu_quant_matmul(
     y_scale: Tensor | None = None,
 ) -> Tensor:
     function = _function()
-    if function is None or x2.dim() != 2 or (bias is not None and bias.dim() != 1):
+    one_bias = bias is None or bias.dim() == 1
+    if function is None or x1.dtype is not torch.int8 or x2.dim() != 2 or not one_bias:
         return NotImplemented
     output = result_dtype(output_dtype)
     *batch, rows, inner = x1.shape

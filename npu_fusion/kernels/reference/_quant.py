@@ -9,25 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from npu_fusion import formats
+from npu_fusion.formats import float8
+from npu_fusion.meta_impls._dtypes import HIFLOAT8_DTYPE
+
 INT8_MAX = 127.0
-DTYPE_MAX = {torch.int8: INT8_MAX, torch.quint4x2: 7.0}
+_FLOATS = {HIFLOAT8_DTYPE: "hifloat8", **{dtype: name for name, dtype in float8.DTYPES.items()}}
+DTYPE_MAX = {
+    torch.int8: INT8_MAX,
+    torch.quint4x2: 7.0,
+    **{dtype: formats.MAXIMUM[name] for dtype, name in _FLOATS.items()},
+}
 """The largest magnitude in symmetric dynamic quantization: amax divided by it is the scale."""
 
 _INT4_MIN, _INT4_MAX = -8, 7
 INT4_PER_INT32 = 8
+_SIGN = 1 << 31
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``: rounded half to even where ``dtype`` is an integer, clamped to its finite range.
 
     Integer targets (up to 32 bits) turn NaN into 0; float8 targets keep it. ``torch.quint4x2`` means int4,
-    packed into int32 by :func:`pack_int4`. The result is a new tensor.
+    packed into int32 by :func:`pack_int4`; ``HIFLOAT8_DTYPE`` means hifloat8 in uint8, rounded half away from
+    zero, where infinity stays. The result is a new tensor.
     """
     if dtype == torch.quint4x2:
         return pack_int4(saturate(x, torch.int8).clamp(_INT4_MIN, _INT4_MAX))
-    if dtype.is_floating_point:
-        finite = torch.finfo(dtype)
-        return x.clamp(finite.min, finite.max).to(dtype, copy=True)
+    if dtype in _FLOATS:
+        return formats.encode(x, _FLOATS[dtype])
     limits = torch.iinfo(dtype)
     if x.dtype.is_floating_point:
         # fp32 cannot hold 2**31 - 1: clamping to it there would round up to 2**31, which wraps.
@@ -86,6 +96,24 @@ def unpack_int4(packed: Tensor) -> Tensor:
     shifts = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
     nibbles = (packed.unsqueeze(-1) >> shifts) & 0xF
     return ((nibbles ^ 8) - 8).to(torch.int8).flatten(-2)
+
+
+def pack_quant_param(scale: Tensor, offset: Tensor | None = None, rounded: bool = False) -> Tensor:
+    """The int64 that torch_npu's ``npu_trans_quant_param`` makes of an fp32 ``scale`` and ``offset``.
+
+    The low 13 mantissa bits are cut off, or rounded away half to even (``rounded``), where a denormal scale
+    becomes zero: :func:`unpack_quant_param` tells the scale that is left. The offset is rounded half to even
+    and saturates at -256 and 255.
+    """
+    bits = scale.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    if rounded:
+        exponent = bits & 0x7F800000
+        nearest = bits + 0xFFF + (bits >> 13 & 1)
+        bits = torch.where(exponent == 0x7F800000, bits, torch.where(exponent == 0, bits & _SIGN, nearest))
+    packed = bits & 0xFFFFE000 | 1 << 46
+    if offset is not None:
+        packed = packed | (saturate(offset, torch.int32).clamp(-256, 255).to(torch.int64) & 0x1FF) << 37
+    return packed
 
 
 def unpack_quant_param(packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ def npu_dynamic_quant(
     x = _smoothed(input, smooth_scales, group_index, quant_mode)
 
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return symmetric_rows(rows, DTYPE_MAX[dtype], dtype)
+        return symmetric_rows(rows, dst_type_max or DTYPE_MAX[dtype], dtype)
 
     y, scale = _by_mode(quantize, x, quant_mode)
     return y, scale
@@ -56,7 +56,7 @@ def npu_dynamic_quant_asymmetric(
     x = _smoothed(input, smooth_scales, group_index, quant_mode)
 
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _asymmetric_rows(rows, dtype)
+        return _asymmetric_rows(rows, dst_type_max or DTYPE_MAX[dtype], dtype)
 
     y, scale, offset = _by_mode(quantize, x, quant_mode)
     return y, scale, offset
@@ -80,14 +80,14 @@ def _smoothed(
     return (rows * table[group]).reshape(x.shape)
 
 
-def _asymmetric_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    largest = DTYPE_MAX[dtype]
+def _asymmetric_rows(x: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     if x.size(-1) == 0:
         low = high = x.new_zeros(x.shape[:-1])
     else:
         low, high = x.aminmax(dim=-1)
-    # The smallest integer is -largest - 1.
-    scale = ((high - low) / (2 * largest + 1)).clamp(min=_SMALLEST_ASYMMETRIC_SCALE)
+    # The smallest integer is -largest - 1, the smallest float -largest.
+    steps = 2 * largest + (1 if dtype in (torch.int8, torch.quint4x2) else 0)
+    scale = ((high - low) / steps).clamp(min=_SMALLEST_ASYMMETRIC_SCALE)
     offset = largest - high / scale
     return saturate(x / scale.unsqueeze(-1) + offset.unsqueeze(-1), dtype), scale, offset
 
@@ -102,5 +102,5 @@ def _by_mode(
         y, *numbers = quantize(x.transpose(-1, -2))
         return y.transpose(-1, -2).contiguous(), *numbers
     y, *numbers = quantize(x.reshape(1, -1))
-    columns = x.size(-1) if y.dtype == torch.int8 else x.size(-1) // INT4_PER_INT32
+    columns = x.size(-1) // INT4_PER_INT32 if y.dtype == torch.int32 else x.size(-1)
     return y.reshape(*x.shape[:-1], columns), *numbers

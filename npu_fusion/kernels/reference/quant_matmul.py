@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from npu_fusion.kernels.reference._quant import dequantize, saturate, unpack_quant_param
+from npu_fusion.kernels.reference._quant_matmul_floats import float_product
+from npu_fusion.meta_impls._quant_matmul import Call
 from npu_fusion.meta_impls._registry import cpu_kernel
 from npu_fusion.meta_impls.quant_matmul import result_dtype
 
@@ -30,6 +32,24 @@ def npu_quant_matmul(
     group_sizes: Sequence[int] | None = None,
     y_scale: Tensor | None = None,
 ) -> Tensor:
+    if x1.dtype != torch.int8:
+        return float_product(
+            Call(
+                x1,
+                x2,
+                scale,
+                offset,
+                pertoken_scale,
+                bias,
+                output_dtype,
+                x1_dtype,
+                x2_dtype,
+                pertoken_scale_dtype,
+                scale_dtype,
+                group_sizes,
+                y_scale,
+            )
+        )
     output = result_dtype(output_dtype)
     acc = int8_matmul(x1, x2)
     if output == torch.int32:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from npu_fusion import formats
+from npu_fusion.kernels.reference._float_operands import float4_rows, powers_of_two
 from npu_fusion.kernels.reference._quant import saturate, unpack_int4, unpack_quant_param
 from npu_fusion.meta_impls._registry import cpu_kernel
-from npu_fusion.meta_impls.weight_quant_batchmatmul import packed_along_rows
+from npu_fusion.meta_impls._weight_formats import format_of, microscaled, packed_along_rows
 
 
 @cpu_kernel("npu_weight_quant_batchmatmul")
@@ -23,7 +25,9 @@ def npu_weight_quant_batchmatmul(
     inner_precise: int = 0,
     weight_dtype: int | None = None,
 ) -> Tensor:
-    w = _unpacked(weight).to(torch.float32)
+    if microscaled(antiquant_scale):
+        antiquant_scale = powers_of_two(antiquant_scale).to(x.dtype)
+    w = _numbers(weight, weight_dtype)
     if antiquant_offset is not None:
         w = w + _for_rows(antiquant_offset, w.size(0), antiquant_group_size)
     w = (w * _for_rows(antiquant_scale, w.size(0), antiquant_group_size)).to(x.dtype)
@@ -38,11 +42,15 @@ def npu_weight_quant_batchmatmul(
     return saturate(y if quant_offset is None else y + quant_offset, torch.int8)
 
 
-def _unpacked(weight: Tensor) -> Tensor:
-    """The int8 [K, N] weight."""
-    if weight.dtype == torch.int8:
-        return weight
-    return unpack_int4(weight.t()).t() if packed_along_rows(weight) else unpack_int4(weight)
+def _numbers(weight: Tensor, weight_dtype: int | None) -> Tensor:
+    """The numbers of the weight, fp32 [K, N]."""
+    form = format_of(weight, weight_dtype)
+    if form.per_element == 1:
+        return weight.to(torch.float32) if form.integer else formats.decode(weight, form.numbers)
+    along_rows = packed_along_rows(weight)
+    lines = weight.t() if along_rows else weight
+    unpacked = unpack_int4(lines).to(torch.float32) if form.integer else float4_rows(lines, form.numbers)
+    return unpacked.t() if along_rows else unpacked
 
 
 def _for_rows(parameter: Tensor, rows: int, group_size: int) -> Tensor:

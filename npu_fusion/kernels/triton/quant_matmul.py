@@ -1,5 +1,5 @@
-"""npu_quant_matmul on CUDA. Formula and traps: the file of this name in meta_impls; a batch of x2 is the
-reference kernel's.
+"""npu_quant_matmul on CUDA. Formula and traps: the file of this name in meta_impls; a batch of x2 and
+floating-point operands are the reference kernel's.
 
 ::
 
@@ -228,7 +228,7 @@ def npu_quant_matmul(
     *leading, inner = x1.shape
     columns = x2.shape[-1]
     one_bias = bias is None or bias.numel() == columns
-    if x2.dim() != 2 or not one_bias or inner == 0 or columns == 0:
+    if x1.dtype != torch.int8 or x2.dim() != 2 or not one_bias or inner == 0 or columns == 0:
         return NotImplemented
     output = result_dtype(output_dtype)
     if scale.dtype == torch.int64:

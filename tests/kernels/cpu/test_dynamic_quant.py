@@ -110,6 +110,9 @@ def test_what_it_leaves_to_the_reference() -> None:
     for operator in OPERATORS:
         function = getattr(compiled, operator)
         assert function(x, dst_type=16) is NotImplemented
+        for floats in (23, 24, 290, 291, 292):
+            assert function(x, dst_type=floats) is NotImplemented
+        assert function(x, dst_type=290, dst_type_max=15.0) is NotImplemented
         assert function(x, quant_mode="perchannel") is NotImplemented
         assert function(x[:, :0]) is NotImplemented
         assert function(x[:0]) is NotImplemented

@@ -251,3 +251,13 @@ def test_the_operator_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     y = OP(x1, x2, scale, output_dtype=enum_value(torch.bfloat16))
     assert calls == [1]
     assert torch.equal(y, reference(x1, x2, scale, output_dtype=BF16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_leaves_floating_point_operands_to_the_reference(dtype: torch.dtype) -> None:
+    """Both have a byte for each number, as int8 has."""
+    x1, x2 = torch.ones(3, 32).to(dtype), torch.ones(32, 4).to(dtype)
+    numbers = {"x1_dtype": 290, "x2_dtype": 290} if dtype == torch.uint8 else {}
+    assert compiled(x1, x2, torch.ones(4), output_dtype=BF16, **numbers) is NotImplemented
+    y = OP(x1, x2, torch.ones(4), output_dtype=BF16, **numbers)
+    assert torch.equal(y, reference(x1, x2, torch.ones(4), output_dtype=BF16, **numbers))

@@ -73,6 +73,9 @@ def test_what_it_leaves_to_the_reference() -> None:
     x, scales = normal(3, 8, seed=0), positive(8, seed=1)
     assert compiled(x, scales, None, UINT8, 1) is NotImplemented
     assert compiled(x, scales, None, INT32, 1) is NotImplemented
+    for floats in (23, 24, 290):
+        assert compiled(x, scales, None, floats, 1) is NotImplemented
+        assert compiled(x, scales, None, floats, -1, False) is NotImplemented
     assert compiled(x, scales[:3], None, INT8, 0) is NotImplemented
     assert compiled(x, scales[:3], None, INT8, -2, False) is NotImplemented
     assert compiled(x, scales[:, None].T, None, INT8, 0, False) is not NotImplemented

@@ -80,7 +80,14 @@ def test_any_sizes_and_magnitudes(count: int, width: int, exponent: int) -> None
 
 
 @pytest.mark.parametrize(
-    "other", [{"dst_type": 16}, {"quant_mode": "perchannel"}, {"quant_mode": "pertensor"}]
+    "other",
+    [
+        {"dst_type": 16},
+        {"dst_type": 24},
+        {"dst_type": 290, "dst_type_max": 15.0},
+        {"quant_mode": "perchannel"},
+        {"quant_mode": "pertensor"},
+    ],
 )
 def test_leaves_the_rest_to_the_reference_kernel(other: dict[str, Any]) -> None:
     assert kernel(rows(2, 8), **other) is NotImplemented

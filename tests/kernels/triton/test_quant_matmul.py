@@ -87,3 +87,11 @@ def test_leading_dimensions_strides_and_no_rows() -> None:
 def test_leaves_batches_of_weights_to_the_reference_kernel() -> None:
     x1, x2 = operands(2)
     assert kernel(x1, x2[None], torch.ones(1)) is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_leaves_floating_point_operands_to_the_reference_kernel(dtype: torch.dtype) -> None:
+    """Both have a byte for each number, as int8 has."""
+    x1, x2 = torch.ones(2, INNER).to(dtype), torch.ones(INNER, COLUMNS).to(dtype)
+    numbers = {"x1_dtype": 290, "x2_dtype": 290} if dtype == torch.uint8 else {}
+    assert kernel(x1, x2, torch.ones(1), output_dtype=BFLOAT16, **numbers) is NotImplemented
