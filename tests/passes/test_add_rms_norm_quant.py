@@ -168,6 +168,26 @@ def test_each_projection_quantizes_its_own_input(dialect: str) -> None:
     assert "aten.round" not in got.report.operators_after
 
 
+@pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("aot", True), ("inductor", True)])
+def test_parameters_in_the_dtype_of_the_addends_are_passed_as_they_are_stored(
+    dialect: str, dynamic: bool
+) -> None:
+    """With a target and without one: a cast in the graph would be made at every step."""
+    a, b, g, s = data(torch.bfloat16)
+    zero_point = (s * 300).round()
+
+    def fn(a: Tensor, b: Tensor, g: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        total = a + b
+        return int8(functional(total, g).float() / s + z), total
+
+    for target in (None, "ascend910b"):
+        args = (a, b, g, s.bfloat16(), zero_point.bfloat16())
+        got = fuse(fn, args, dialect=dialect, dynamic=dynamic, target=target)
+        check(got)
+        assert not {"aten._to_copy", "prims.convert_element_type"} & set(got.report.operators_after)
+        assert (got.result[0].int() - got.expected[0].int()).abs().max() <= 2
+
+
 def test_unused_sum() -> None:
     got = fuse(lambda a, b, g, s: divided(functional(a + b, g), s), data(torch.float32))
     assert got.fused == FUSED

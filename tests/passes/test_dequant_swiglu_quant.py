@@ -301,6 +301,26 @@ def test_npu_quantize(divides: bool, size: int, offset: bool) -> None:
     assert (have != want).float().mean() < 0.2 and want.unique().numel() > 20
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_all_layers_read_one_zero_offset(dynamic: bool, dialect: str) -> None:
+    """The operator demands an offset beside a static scale: one of zeros for all layers of a width."""
+    plain = Spelling(static="x / vector")
+    layer = plain.function()
+
+    def twice(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return layer(*first)[0], layer(*second)[0]
+
+    args = [plain.inputs(seed) for seed in (0, 1)]
+    outcome = fuse(twice, args, dialect=dialect, dynamic=dynamic)
+    assert outcome.fused == {"npu_dequant_swiglu_quant": 2}
+    after = outcome.report.operators_after
+    assert after["aten.full"] == 1
+    assert "aten.zeros_like" not in after
+    for result, expected in zip(outcome.result, outcome.expected, strict=True):
+        assert (result.int() - expected.int()).abs().max() <= 1
+
+
 def test_duplicated_quantization_is_replaced_together() -> None:
     def middle(p: Tensor, ws: Tensor, ts: Tensor) -> Any:
         a, b = (p.float() * ws * ts).chunk(2, -1)

@@ -15,6 +15,7 @@ from tests.passes.test_dequant_swiglu_quant_refusals import QUANTIZATIONS
 
 NAME = "quantize"
 OPERATOR = "npu_quantize"
+CASTS = ("aten._to_copy", "prims.convert_element_type")
 
 
 def alone(fn: Callable[..., Any], args: list[Tensor], **options: Any) -> Outcome:
@@ -97,6 +98,44 @@ def test_bfloat16(static: str) -> None:
     assert refused.fused == {} and torch.equal(refused.result, refused.expected)
     (reason,) = refused.reasons(NAME)
     assert reason.startswith("numerics='strict' does not allow the difference: ")
+
+
+@pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("aot", True), ("inductor", True)])
+@pytest.mark.parametrize("offset", [None, torch.bfloat16, torch.int32])
+def test_16_bit_parameters_are_passed_as_they_are_stored(
+    offset: torch.dtype | None, dialect: str, dynamic: bool
+) -> None:
+    """The operator widens them itself; a cast in the graph would be made at every step."""
+
+    def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        v = x.float() / scale
+        if offset is not None:
+            v = v + zero_point
+        return v.round().clamp(-128, 127).to(torch.int8)
+
+    x, scale = inputs(torch.bfloat16)
+    zero_point = (scale * 200).round().to(offset or torch.int32)
+    args = [x, scale.bfloat16(), zero_point]
+    outcome = alone(quantize, args, dialect=dialect, dynamic=dynamic)
+    assert outcome.fused == {OPERATOR: 1}
+    assert torch.equal(outcome.result, outcome.expected)
+    # A zero point of another dtype than the scale: both in float32.
+    casts = sum(outcome.report.operators_after.get(op, 0) for op in CASTS)
+    assert casts == (2 if offset == torch.int32 else 0)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parameters_of_another_dtype_than_the_values_are_widened(dtype: torch.dtype, dialect: str) -> None:
+    x, scale = inputs(dtype)
+
+    def quantize(x: Tensor, scale: Tensor) -> Tensor:
+        return (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+
+    outcome = alone(quantize, [x, scale.bfloat16()], dialect=dialect)
+    assert outcome.fused == {OPERATOR: 1}
+    assert sum(outcome.report.operators_after.get(op, 0) for op in CASTS) == 1
+    assert torch.equal(outcome.result, outcome.expected)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

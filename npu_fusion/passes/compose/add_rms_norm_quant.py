@@ -63,13 +63,14 @@ class AddRMSNormQuant(Fusion):
         given = [t for t in (quantized.static_scale, quantized.offset) if isinstance(t, Term)]
         if not all(buildable(_source(t)) for t in given):
             return Refused("no node holds the scale or the zero point", "", (term,))
-        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+        values = (quantized.static_scale, quantized.offset)
+        dtypes = [_stored(value, found.x1.dtype) for value in values]
         if context.config.target is not None:
             if found.x1.dtype not in LOW_PRECISION:
                 shown = dtype_name(found.x1.dtype)
                 return Refused("npu_add_rms_norm_quant takes float16 and bfloat16", shown, (term,))
-            dtypes = _DOCUMENTED[found.x1.dtype]
-            for value, dtype in zip((quantized.static_scale, quantized.offset), dtypes, strict=True):
+            dtypes = [*_DOCUMENTED[found.x1.dtype]]
+            for value, dtype in zip(values, dtypes, strict=True):
                 if not _exact(value, dtype):
                     shown = f"{dtype_name(_source(value).dtype)}" if isinstance(value, Term) else f"{value}"
                     reason = "the scale and zero point do not have the dtypes that go with the addends"
@@ -105,6 +106,12 @@ def _source(value: Term) -> Term:
             break
         value = value.args[0]
     return value
+
+
+def _stored(value: Any, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype`` where the value is stored in it, else float32: the operator widens it itself."""
+    stored = isinstance(value, Term) and _source(value).dtype == dtype
+    return dtype if stored and dtype is not None else torch.float32
 
 
 def _exact(value: Any, dtype: torch.dtype) -> bool:

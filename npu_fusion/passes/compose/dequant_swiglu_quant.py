@@ -41,7 +41,7 @@ from npu_fusion.passes.lift.quantize import along_last, scale_and_offset
 from npu_fusion.passes.lift.swiglu import Gated, even
 from npu_fusion.passes.pattern import Constraint, Context, Fusion, Match, Refused
 from npu_fusion.passes.rewrite import Emitter
-from npu_fusion.passes.terms import LOW_PRECISION, Term, TermGraph
+from npu_fusion.passes.terms import LOW_PRECISION, Term, TermGraph, sizes_of
 from npu_fusion.passes.walk import Walk, dtype_name
 from npu_fusion.targets import resolve
 
@@ -170,7 +170,8 @@ def _static_scale(e: Emitter, quantized: Quantized) -> dict[str, Any]:
     if quantized.static_inverse:
         scale = e.call(aten.reciprocal.default, scale)
     if offset is None:
-        offset = e.call(aten.zeros_like.default, scale)
+        (size,) = sizes_of(scale.meta["val"].shape)
+        offset = e.shared(("no offset", size), lambda: e.full([e.size(scale, 0)], 0.0))
     return {"quant_scale": scale, "quant_offset": offset}
 
 

@@ -48,6 +48,18 @@ class Dequantized:
 
 def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
     """Take ``x`` apart into an int32 product and its scales."""
+    found = scaled_product(x, walk, context)
+    if isinstance(found, Refused):
+        return found
+    if not found.per_channel and not found.numbers:
+        return Refused("the int32 product has no weight scale", "", (x,))
+    if found.order not in _EXACT_ORDERS:
+        walk.note(Numerics.ACCURATE, "the scales are multiplied in another order: last bit of float32")
+    return found
+
+
+def scaled_product(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
+    """:func:`dequantized` for any scales, also none, whose order is not yet accounted for."""
     found = Dequantized()
     value = walk.value(x)
     if len(value.shape) < 2:
@@ -70,10 +82,6 @@ def dequantized(x: Term, walk: Walk, context: Context) -> Dequantized | Refused:
             if vector is not None and vector.dtype == torch.int32 and available(walk.rows(rest)):
                 found.product, found.bias = walk.rows(rest), vector
                 break
-    if not found.per_channel and not found.numbers:
-        return Refused("the int32 product has no weight scale", "", (x,))
-    if found.order not in _EXACT_ORDERS:
-        walk.note(Numerics.ACCURATE, "the scales are multiplied in another order: last bit of float32")
     return found
 
 
@@ -130,7 +138,7 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
     a, b = (_expanded_last(t, context.view) for t in (a, b))
     # Without one of the two the other alone has the full shape; when both have, scales were premultiplied.
     for full, factor in _product_first(a, b):
-        kind = _kind(factor, term.shape, context.sizes)
+        kind = kind_of(factor, term.shape, context.sizes)
         if kind is not None:
             refused = _factors(full, found, walk, context)
             _add(kind, factor, found)
@@ -139,7 +147,7 @@ def _factors(term: Term, found: Dequantized, walk: Walk, context: Context) -> Re
         inner = walk.value(scales)
         if inner.op == "mul" and isinstance(inner.args[1], Term):
             factors = [_expanded_last(t, context.view) for t in inner.args]
-            kinds = [_kind(t, term.shape, context.sizes) for t in factors]
+            kinds = [kind_of(t, term.shape, context.sizes) for t in factors]
             if None not in kinds:
                 refused = _factors(full, found, walk, context)
                 for kind, factor in zip(kinds, factors, strict=True):
@@ -174,7 +182,7 @@ def _expanded_last(term: Term, view: TermGraph) -> Term:
     return term
 
 
-def _kind(factor: Term, full: tuple[Size, ...], sizes: Sizes) -> str | None:
+def kind_of(factor: Term, full: tuple[Size, ...], sizes: Sizes) -> str | None:
     """How a factor broadcasts against the full shape: "channel", "token", "number", or None."""
     shape = unexpanded(factor).shape
     shape = (1,) * (len(full) - len(shape)) + shape

@@ -95,6 +95,22 @@ def _operator(term: Term, context: Context) -> Quantized | Refused:
     )
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """``clamp(round(value [+ offset]), low, high)`` as int8."""
+
+    value: Term
+    """What is rounded, without the offset."""
+    offset: Any
+    low: Any
+    high: Any
+    drift: tuple[Drift, ...]
+
+    @property
+    def full_range(self) -> bool:
+        return (self.low, self.high) == (-128, 127)
+
+
 @dataclass
 class _Chain:
     """What stands between the cast to int8 and the division, outermost first."""
@@ -106,7 +122,8 @@ class _Chain:
     offset: Any = None
 
 
-def _chain(term: Term, context: Context) -> Quantized | Refused | None:
+def rounded_to_int8(term: Term, context: Context) -> Rounded | Refused | None:
+    """Recognize what is rounded half to even, clamped and cast to int8 by ``term``, whatever it is."""
     if term.op != "cast" or term.dtype not in (torch.int8, torch.uint8):
         return None
     chain = _Chain(Walk(context.sizes))
@@ -115,8 +132,15 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
         return inner
     if term.dtype == torch.uint8:
         return Refused("the quantized type is uint8, the operator's is int8", "", (term,))
-    walk = chain.walk
-    found = _division(inner, walk)
+    return Rounded(inner, chain.offset, chain.low, chain.high, tuple(chain.walk.drift))
+
+
+def _chain(term: Term, context: Context) -> Quantized | Refused | None:
+    rounded = rounded_to_int8(term, context)
+    if not isinstance(rounded, Rounded):
+        return rounded
+    walk = Walk(context.sizes, rounded.drift)
+    found = _division(rounded.value, walk)
     if found is None:
         return None
     x, divisor = found.x, found.divisor
@@ -125,10 +149,12 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
     maximum = _row_maximum(found, walk, context)
     if isinstance(maximum, Refused):
         return maximum
-    bounds = (chain.low, chain.high)
-    range_refused = Refused("the clamp is not to the range of int8", f"[{chain.low}, {chain.high}]", (term,))
+    bounds = (rounded.low, rounded.high)
+    range_refused = Refused(
+        "the clamp is not to the range of int8", f"[{rounded.low}, {rounded.high}]", (term,)
+    )
     if maximum is not None:
-        if chain.offset is not None:
+        if rounded.offset is not None:
             return Refused("the quantization is asymmetric: a zero point is added", "", (term,))
         if bounds not in ((None, None), (-128, 127), (-127, 127)):
             return range_refused
@@ -137,14 +163,14 @@ def _chain(term: Term, context: Context) -> Quantized | Refused | None:
         )
     if isinstance(divisor, _Maximum):
         return None  # a quotient times 127, but of no maximum
-    if bounds != (-128, 127):
+    if not rounded.full_range:
         return range_refused
     return Quantized(
         walk.rows(x),
         term,
         static_scale=context.view.held(divisor),
         static_inverse=found.multiplied,
-        offset=context.view.held(chain.offset),
+        offset=context.view.held(rounded.offset),
         drift=tuple(walk.drift),
     )
 

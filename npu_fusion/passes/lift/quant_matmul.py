@@ -1,4 +1,4 @@
-"""An int8 matrix product, dequantized and rounded to 16 bits.
+"""An int8 matrix product, dequantized and rounded to 16 bits, or requantized to int8.
 
 ::
 
@@ -7,12 +7,22 @@
     %d = mul(mul(%f, %weight_scale), %token_scale)   ->       output_dtype=bf16)
     %y = to(add(%d, %b), bf16)
 
+    %f = to(add(_int_mm(%q, %w), %b), f32)
+    %r = round(add(mul(%f, %scale), %z))             ->   %y = npu_quant_matmul(%q, %w, %scale, offset=%z,
+    %y = clamp(%r, -128, 127) to int8                              bias=%b, output_dtype=int8)
+
 Also ``mm`` of widened operands, ``out_dtype(mm)``, any order of the scales, one number in their place, an
 int32 bias before them, roundings in between. The last 16-bit value of such a chain is what is replaced.
 
 Conditions: int8 operands; a scale per output channel or for all; a 16-bit result (the operator returns no
 float32); nobody else reads what is in between. ``strict`` where the source is the operator's own arithmetic,
 ``((product [+ int bias]) * channel * token [+ float bias])`` in float32 with one rounding.
+
+A result in int8 (:mod:`._requantized`): one scale per output channel or for all, an int32 bias, a zero
+point; also with several scales, ``/ output_scale``, roundings to 16 bits in between, or ``npu_quantize`` at
+the end. ``strict`` where the source multiplies by one scale. It is looked for first: what is refused still
+becomes a 16-bit result and an ``npu_quantize``. On a device the operator keeps ten bits of this scale's
+mantissa, so that a value next to a half may go to the other side.
 
 A product that is used as int32 stays as it is: the operator demands a scale even where it ignores it. Unless
 the host cannot run ``_int_mm``; torch_npu has no kernel for it and torchair no GE converter::
@@ -21,8 +31,9 @@ the host cannot run ``_int_mm``; torch_npu has no kernel for it and torchair no 
 
 (and the other spellings of the product, which it has no use for either).
 
-For a float16 result without a scale per token the operator takes float32 scales in no graph mode, only packed
-ones with ten bits of mantissa; a scale of one per token avoids both and changes nothing.
+For float16 and int8 results without a scale per token the operator takes float32 scales in no graph mode,
+only packed ones with ten bits of mantissa. For float16 a scale of one per token avoids both and changes
+nothing; an int8 result is refused there (``npu_fusion.hosts._ge_limits``).
 
 Source: torch_npu documentation of npu_quant_matmul (table of dtype combinations).
 """
@@ -36,6 +47,15 @@ from torch import fx
 
 from npu_fusion.meta_impls._dtypes import enum_value
 from npu_fusion.passes.checks import Truth
+from npu_fusion.passes.lift import quantize
+from npu_fusion.passes.lift._requantized import (
+    Requantized,
+    all_buildable,
+    offset_node,
+    requantized,
+    scale_node,
+    terms_of,
+)
 from npu_fusion.passes.lift.dequant import (
     Dequantized,
     channel_scale,
@@ -57,13 +77,17 @@ _INT_MM = aten._int_mm.default
 class QuantMatmul(Fusion):
     name = "quant_matmul"
     operator = "npu_quant_matmul"
-    anchors: ClassVar = ("cast", "mul", "add", "int_mm")  # products last: what is left of them
+    # int8 results first, whatever the order in the graph, and products last: what is left of them
+    anchors: ClassVar = (quantize.OPERATOR, "clamp", "round", "cast", "mul", "add", "int_mm")
     priority = 45
     stage = "lift"
 
     def match(self, term: Term, context: Context) -> Match | Refused | None:
         if term.op == "int_mm":
             return _int32(term, context)
+        if term.op == quantize.OPERATOR or _is_rounding(term):
+            result = _int8_of(term, context)
+            return None if result is None else _int8(result, context)
         if term.dtype == torch.float32 and term.op != "cast":
             return _float32(term, context)
         if term.dtype not in LOW_PRECISION or term.op != "cast":
@@ -187,6 +211,47 @@ def _replacement(term: Term, found: Dequantized, walk: Walk, context: Context) -
 
     inputs = [t for t in given if isinstance(t, Term)]
     return Match(inputs, [[term]], build, walk.drift, _widths(product, context))
+
+
+def _is_rounding(term: Term) -> bool:
+    """``clamp`` or ``round``, maybe of 16-bit values."""
+    inner = term.args[0] if term.op == "cast" and not term.args[0].nodes else term
+    return inner.op in ("clamp", "round")
+
+
+def _int8_of(term: Term, context: Context) -> Term | None:
+    """The int8 values that a rounding is the last step to, or that npu_quantize returns."""
+    if term.op == quantize.OPERATOR:
+        return term
+    casts = (u for u in context.view.users(term) if u.op == "cast" and u.dtype == torch.int8 and u.nodes)
+    return next(casts, None)
+
+
+def _int8(term: Term, context: Context) -> Match | Refused | None:
+    found = requantized(term, context)
+    if not isinstance(found, Requantized):
+        return found
+    parts = found.parts
+    product, bias = parts.product, parts.bias
+    assert product is not None
+    if product.op != "int_mm" or any(t.dtype != torch.int8 or not buildable(t) for t in product.args):
+        return None
+    if _has_operator(found.value, parts, context):
+        return None
+    if not all_buildable(found):
+        return Refused("no node holds a scale, the bias or the zero point", "", (term,))
+    x1, x2 = product.args
+
+    def build(e: Emitter) -> list[fx.Node]:
+        arguments: dict[str, Any] = {"output_dtype": output_dtype(torch.int8, context)}
+        if bias is not None:
+            arguments["bias"] = e.view(e.term(bias), (product.shape[-1],))
+        offset = offset_node(e, found)
+        if offset is not None:
+            arguments["offset"] = offset
+        return [e.call(_QUANT_MATMUL, e.term(x1), e.term(x2), scale_node(e, found), **arguments)]
+
+    return Match([x1, x2, *terms_of(found)], [[term]], build, found.walk.drift, _widths(product, context))
 
 
 def _widths(product: Term, context: Context) -> list[Constraint]:

@@ -89,22 +89,31 @@ class Quantize(Fusion):
             return Refused("npu_quantize takes float16, bfloat16 and float32", dtype_name(x.dtype), (term,))
 
         def build(e: Emitter) -> list[fx.Node]:
-            scales, zero_points = scale_and_offset(e, found)
+            node = e.term(x)
+            scales, zero_points = scale_and_offset(e, found, node.meta["val"].dtype)
             divides = not found.static_inverse
             older = takes_dtype(resolve(context.config), _QUANTIZE, "dtype")
             dtype = torch.qint8 if older else enum_value(torch.int8)
-            return [e.call(_QUANTIZE, e.term(x), scales, zero_points, dtype, -1, divides)]
+            return [e.call(_QUANTIZE, node, scales, zero_points, dtype, -1, divides)]
 
         inputs = [t for t in (x, found.static_scale, found.offset) if isinstance(t, Term)]
         return Match(inputs, [[found.y]], build, found.drift)
 
 
-def scale_and_offset(e: Emitter, found: Quantized) -> tuple[fx.Node, fx.Node | None]:
-    """The given scale and zero point as float32 vectors of one length, which is what the operators take."""
-    scale = _vector(e, found.static_scale)
+def scale_and_offset(
+    e: Emitter, found: Quantized, narrow: torch.dtype = torch.float32
+) -> tuple[fx.Node, fx.Node | None]:
+    """The given scale and zero point as vectors of one length and dtype, which is what the operators take.
+
+    They are float32, or ``narrow`` where both are stored so.
+    """
+    given = [found.static_scale] if found.offset is None else [found.static_scale, found.offset]
+    stored = all(isinstance(v, Term) and _stored(v).dtype == narrow for v in given)
+    dtype = narrow if stored else torch.float32
+    scale = vector(e, found.static_scale, dtype)
     if found.offset is None:
         return scale, None
-    offset = _vector(e, found.offset)
+    offset = vector(e, found.offset, dtype)
     single = [not isinstance(v, Term) or _single(v) for v in (found.static_scale, found.offset)]
     if single[0] != single[1]:
         if single[0]:
@@ -114,8 +123,16 @@ def scale_and_offset(e: Emitter, found: Quantized) -> tuple[fx.Node, fx.Node | N
     return scale, offset
 
 
-def _vector(e: Emitter, value: Any) -> fx.Node:
+def _stored(value: Term) -> Term:
+    """The 16-bit tensor that a scale or zero point was widened from, where nothing holds the widened one."""
+    value = unexpanded(value)
+    narrow = value.op == "cast" and not value.nodes and value.args[0].dtype in LOW_PRECISION
+    return value.args[0] if narrow else value
+
+
+def vector(e: Emitter, value: Any, dtype: torch.dtype = torch.float32) -> fx.Node:
+    """A scale or zero point (a term, or a number) as a vector."""
     if isinstance(value, Term):
-        value = unexpanded(value)
-        return e.view(e.term(value, torch.float32), (product(value.shape),))
+        value = _stored(value)
+        return e.view(e.term(value, dtype), (product(value.shape),))
     return e.full([1], value)
