@@ -5,6 +5,9 @@
     y0 = x W0ᵀ + b0                   y0, y1 = (x [W0; W1]ᵀ + [b0; b1]).chunk(2, -1)
     y1 = x W1ᵀ + b1         ->
     state dict: 0.weight, 1.weight    state dict: 0.weight, 1.weight   (views of the two halves of the rows)
+
+What quantizes the input (smooth scales, say) belongs to both layers, if it is the same for both: the merged
+layer has it once, and it is saved for both.
 """
 
 from __future__ import annotations
@@ -18,28 +21,60 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from npu_fusion.quantization.modules import W8A8DynamicLinear
-
 Layer = TypeVar("Layer", bound=nn.Module)
-_DOUBLES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 
-def mergeable(cls: type[Layer]) -> Callable[[Callable[[Layer], nn.Module]], Callable[[Layer], nn.Module]]:
+@dataclass(frozen=True)
+class _Class:
+    """What is registered of a class."""
+
+    double: Callable[[Any], nn.Module]
+    shared: frozenset[str]
+    alike: Callable[[Any], object]
+    dim: int
+
+
+_CLASSES: dict[type[nn.Module], _Class] = {}
+
+
+def _no_settings(layer: nn.Module) -> None:
+    """Of classes whose layers differ in nothing but sizes and values."""
+
+
+def mergeable(
+    cls: type[Layer],
+    shared: Sequence[str] = (),
+    alike: Callable[[Layer], object] = _no_settings,
+    dim: int = 0,
+) -> Callable[[Callable[[Layer], nn.Module]], Callable[[Layer], nn.Module]]:
     """Let :func:`npu_fusion.prepare` merge layers of exactly this class (subclasses may compute otherwise).
 
     Decorates a function that takes a layer and returns another of the same class and settings with twice the
     output features, whose values do not matter (best on the meta device). The class promises that its forward
-    takes the input alone, that its output features come last, that each of them depends only on its own row
-    of every parameter and buffer, and that all of these are in the state dict with the output features first.
+    takes the input alone, that its output features come last, that each of them depends only on its own part
+    of every parameter and buffer that is not ``shared``, and that all of these are in the state dict with the
+    output features in dimension ``dim``.
+
+    Args:
+        shared: names of parameters and buffers that belong to the input. Two layers in which these are not
+            equal are not merged; the merged layer has them once.
+        alike: what else, computed of a layer, has to be equal in two layers (the type of their weights, say).
+        dim: 0 (first) or -1 (last).
 
     Raises:
-        TypeError: ``cls`` is not a class of modules.
+        TypeError: ``cls`` is not a class of modules, or ``shared`` is a single string.
+        ValueError: ``dim`` is something else.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"mergeable: cls is {cls!r}; accepted: a subclass of torch.nn.Module")
+    if isinstance(shared, str):
+        raise TypeError(f"mergeable: shared is the string {shared!r}; accepted: a sequence of names")
+
+    if dim not in (0, -1):
+        raise ValueError(f"mergeable: dim is {dim}; accepted: 0, -1")
 
     def register(double: Callable[[Layer], nn.Module]) -> Callable[[Layer], nn.Module]:
-        _DOUBLES[cls] = double
+        _CLASSES[cls] = _Class(double, frozenset(shared), alike, dim)
         return double
 
     return register
@@ -50,18 +85,38 @@ def _double_linear(layer: nn.Linear) -> nn.Module:
     return nn.Linear(layer.in_features, 2 * layer.out_features, bias=layer.bias is not None, device="meta")
 
 
-@mergeable(W8A8DynamicLinear)
-def _double_w8a8_linear(layer: W8A8DynamicLinear) -> nn.Module:
-    bias = layer.bias is not None
-    return W8A8DynamicLinear(layer.in_features, 2 * layer.out_features, bias=bias, device="meta")
-
-
 def is_mergeable(layer: nn.Module) -> bool:
-    return type(layer) in _DOUBLES
+    return type(layer) in _CLASSES
 
 
 def mergeable_names() -> str:
-    return ", ".join(cls.__name__ for cls in _DOUBLES)
+    return ", ".join(cls.__name__ for cls in _CLASSES)
+
+
+def _dim(layer: nn.Module) -> int:
+    return _CLASSES[type(layer)].dim
+
+
+def shared_names(layer: nn.Module) -> frozenset[str]:
+    return _CLASSES[type(layer)].shared
+
+
+def unlike(names: Sequence[str], first: nn.Module, second: nn.Module) -> str | None:
+    """Why two layers of this class, whose tensors agree in shapes and dtypes, cannot be one, or None."""
+    registered = _CLASSES[type(first)]
+    settings = registered.alike(first), registered.alike(second)
+    if settings[0] != settings[1]:
+        return f"{names[0]} has {settings[0]}, {names[1]} has {settings[1]}"
+    tensors = first.state_dict(), second.state_dict()
+    for name in sorted(registered.shared & tensors[0].keys()):
+        if not _equal(*(t[name] for t in tensors)):
+            return f"{names[0]}.{name} and {names[1]}.{name} have different values"
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """On the meta device there are no values yet, and those that are loaded later are compared then."""
+    return a is b or a.is_meta or torch.equal(a, b)
 
 
 def double(layer: nn.Module) -> nn.Module:
@@ -70,25 +125,33 @@ def double(layer: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: what was registered for the class does not keep the promise of :func:`mergeable`.
     """
-    result = _DOUBLES[type(layer)](layer)
-    wanted = {
-        name: [2 * size for size in t.shape[:1]] + [*t.shape[1:]] for name, t in layer.state_dict().items()
-    }
+    registered = _CLASSES[type(layer)]
+    result = registered.double(layer)
+    wanted = {name: [*t.shape] for name, t in layer.state_dict().items()}
+    for name, sizes in wanted.items():
+        if name not in registered.shared and sizes:
+            sizes[registered.dim] *= 2
     given = {name: [*t.shape] for name, t in result.state_dict().items()}
     if given != wanted or type(result) is not type(layer) or [] in wanted.values():
         raise RuntimeError(
             f"mergeable({type(layer).__name__}): the registered function returned a {type(result).__name__} "
-            f"with {given}; accepted: the same class, every tensor with twice the rows of the given layer's"
+            f"with {given}; accepted: the same class, every tensor that is not shared twice as large in "
+            f"dimension {registered.dim} as the given layer's"
         )
     return result
 
 
 @torch.no_grad()
 def join(joined: nn.Module, first: nn.Module, second: nn.Module) -> nn.Module:
-    """Give ``joined``, the :func:`double` of either, the rows of ``first`` and then of ``second``."""
-    rows, more = first.state_dict(), second.state_dict()
+    """Give ``joined``, the :func:`double` of either, the outputs of ``first`` and then of ``second``."""
+    rows, more = first.state_dict(keep_vars=True), second.state_dict()
+    shared, dim = shared_names(first), _dim(first)
     joined.requires_grad_(False)  # what is assigned takes this over, and int8 cannot have a gradient
-    joined.load_state_dict({name: torch.cat((rows[name], more[name])) for name in rows}, assign=True)
+    # What is shared stays the object that it is: other layers may read it, too.
+    both = {
+        name: t if name in shared else torch.cat((t, more[name]), dim).detach() for name, t in rows.items()
+    }
+    joined.load_state_dict(both, assign=True)
     for name, parameter in first.named_parameters():
         joined.get_parameter(name).requires_grad_(parameter.requires_grad)
     return joined.train(first.training)
@@ -122,12 +185,21 @@ def replace(owner: nn.Module, names: Names, joined: nn.Module) -> None:
     owner.register_load_state_dict_pre_hook(partial(_join_keys, names))
 
 
+def merged_names(owner: nn.Module) -> list[Names]:
+    """Of the layers that :func:`replace` has put into ``owner``, while they are of a mergeable class."""
+    hooks = owner._state_dict_hooks.values()
+    found = [hook.args[0] for hook in hooks if isinstance(hook, partial) and hook.func is _split_keys]
+    return [names for names in found if is_mergeable(owner.get_submodule(names.merged))]
+
+
 def _split_keys(
     names: Names, owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     """After ``owner`` has put its tensors into ``state_dict``: the keys, and their order, of before."""
-    if not is_mergeable(owner.get_submodule(names.merged)):
+    layer = owner.get_submodule(names.merged)
+    if not is_mergeable(layer):
         return  # replaced since by a layer whose tensors need not have the outputs first
+    shared, dim = shared_names(layer), _dim(layer)
     start = f"{prefix}{names.merged}."
     own = [*takewhile(lambda key: key.startswith(prefix), reversed(state_dict))][::-1]
     entries = {key: state_dict.pop(key) for key in own}
@@ -138,7 +210,8 @@ def _split_keys(
             continue
         for half in names.declared if merged else ():
             for name, rows in merged.items():
-                state_dict[f"{prefix}{half}.{name}"] = rows.chunk(2)[names.halves.index(half)]
+                own_rows = rows if name in shared else rows.chunk(2, dim)[names.halves.index(half)]
+                state_dict[f"{prefix}{half}.{name}"] = own_rows
         merged = {}
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
@@ -167,7 +240,9 @@ def _join_keys(
         if merged in state_dict:
             continue  # keys as named_parameters() gives them
         given: dict[str, Tensor] = {}
-        rows = dict(zip(names.halves, current.chunk(2), strict=True))
+        once, dim = name in shared_names(layer), _dim(layer)
+        parts = (current, current) if once else current.chunk(2, dim)
+        rows = dict(zip(names.halves, parts, strict=True))
         for half in names.declared:
             key = f"{prefix}{half}.{name}"
             if key not in state_dict:
@@ -182,15 +257,28 @@ def _join_keys(
                 )
         # The tensor that is there already is what loading it again leaves as it is.
         state_dict[merged] = current
-        if not local_metadata.get("assign_to_params_buffers", False):
+        if once:
+            if len(given) == 2 and not _equal(*given.values()):
+                error_msgs.append(_contradiction(prefix, names.halves, name))
+            elif given:
+                state_dict[merged] = next(iter(given.values()))
+        elif not local_metadata.get("assign_to_params_buffers", False):
             for half, tensor in given.items():
                 rows[half].copy_(tensor)
         elif given:
-            parts = [given.get(half, rows[half]) for half in names.halves]
-            if (parts[0].dtype, parts[0].device) == (parts[1].dtype, parts[1].device):
-                state_dict[merged] = torch.cat(parts)
+            loaded = [given.get(half, rows[half]) for half in names.halves]
+            if (loaded[0].dtype, loaded[0].device) == (loaded[1].dtype, loaded[1].device):
+                state_dict[merged] = torch.cat(loaded, dim)
             else:
-                error_msgs.append(_unlike(prefix, names.halves, name, parts))
+                error_msgs.append(_unlike(prefix, names.halves, name, loaded))
+
+
+def _contradiction(prefix: str, halves: Sequence[str], name: str) -> str:
+    first, second = halves
+    return (
+        f"{prefix}{first}.{name} and {prefix}{second}.{name} have different values: "
+        f"npu_fusion.prepare made them one tensor; accepted: equal ones."
+    )
 
 
 def _unlike(prefix: str, halves: Sequence[str], name: str, parts: Sequence[Tensor]) -> str:

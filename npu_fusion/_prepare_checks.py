@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 
 import torch
@@ -64,11 +64,13 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def shared_memory(names: Sequence[str], layers: Sequence[nn.Module], sharing: Sharing) -> str | None:
-    """Which tensor of ``layers`` is in the memory of another module."""
+def shared_memory(
+    names: Sequence[str], layers: Sequence[nn.Module], sharing: Sharing, but: Collection[str] = ()
+) -> str | None:
+    """Which tensor of ``layers`` is in the memory of another module, but for those of the names ``but``."""
     for name, layer in zip(names, layers, strict=True):
         for key, tensor in layer.state_dict(keep_vars=True).items():
-            other = sharing.other(layer, tensor)
+            other = None if key in but else sharing.other(layer, tensor)
             if other is not None:
                 return f"{name}.{key} shares its memory with {other}"
     return None

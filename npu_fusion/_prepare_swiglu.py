@@ -201,7 +201,8 @@ def _obstacle(module: nn.Module, graph: fx.Graph, gated: _Gated, sharing: Sharin
     1. Each projection is a layer of a class that :func:`mergeable` knows, and nothing is attached to it.
     2. It is a child of the module itself, which calls it once, reads it in no other way, and alone holds it.
     3. Both are given the same input, with nothing but the activation in between, which is not in place.
-    4. Their tensors agree in names, shapes, dtypes, devices and training, and are nobody else's memory.
+    4. Their tensors agree in names, shapes, dtypes, devices and training, and are nobody else's memory, but
+       for those that belong to the input, which are equal.
     5. The name of the merged layer is free.
     """
     nodes = (gated.gate, gated.up)
@@ -224,7 +225,8 @@ def _obstacle(module: nn.Module, graph: fx.Graph, gated: _Gated, sharing: Sharin
     merged = _joint_name(*names)
     return (
         _difference(names, gate, up)
-        or shared_memory(names, (gate, up), sharing)
+        or _mergeable.unlike(names, gate, up)
+        or shared_memory(names, (gate, up), sharing, _mergeable.shared_names(gate))
         or (f"the module has an attribute {merged} already" if hasattr(module, merged) else None)
     )
 

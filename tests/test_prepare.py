@@ -499,7 +499,7 @@ class _SubclassedTensor(Tensor):
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "lora": (
         _with(lambda m: setattr(m, "up_proj", _LoRA(m.up_proj))),
-        "up_proj is a _LoRA; accepted: Linear, W8A8DynamicLinear",
+        f"up_proj is a _LoRA; accepted: {_mergeable.mergeable_names()}",
     ),
     "subclass": (
         _with(
@@ -1066,7 +1066,7 @@ class _Scaled(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_mergeable, "_DOUBLES", dict(_mergeable._DOUBLES))
+    monkeypatch.setattr(_mergeable, "_CLASSES", dict(_mergeable._CLASSES))
 
 
 def scaled() -> MLP:
@@ -1077,7 +1077,7 @@ def scaled() -> MLP:
 
 @pytest.mark.usefixtures("registry")
 def test_another_class_can_join() -> None:
-    assert reasons(scaled()) == ["gate_proj is a _Scaled; accepted: Linear, W8A8DynamicLinear"]
+    assert reasons(scaled()) == [f"gate_proj is a _Scaled; accepted: {_mergeable.mergeable_names()}"]
 
     @mergeable(_Scaled)
     def double(layer: _Scaled) -> _Scaled:

@@ -3,19 +3,34 @@
 It is written in plain ATen operators, so it runs wherever PyTorch does, and a graph traced from it is what
 the fusions look for (``npu_dynamic_quant``, ``npu_quant_matmul``, ``npu_dequant_swiglu_quant``)::
 
-    x ─ abs ─ amax ─ /127 ─┬───────────────────────────────────────────────────┐
-    x ──────────────────── ÷ ─ round ─ clamp ─ int8 ─ _int_mm ─ × weight_scale ─ × ─ + bias ─ y
+    x [× smooth_scales] ─ abs ─ amax ─ /127 ─┬───────────────────────────────────────────────────┐
+          └───────────────────────────────── ÷ ─ round ─ clamp ─ int8 ─ _int_mm ─ × weight_scale ─ × ─ + bias
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_FEWEST_INPUTS = 2
+from npu_fusion._mergeable import mergeable
+from npu_fusion.quantization.input_parameters import InputParameters
+from npu_fusion.quantization.modules._deployed import Spec, deployed
+from npu_fusion.quantization.modules._description import Fields, dtype_name
+from npu_fusion.quantization.modules._linear import (
+    DeployedLinear,
+    as_given,
+    check_int8_sizes,
+    for_each_output,
+    merged_scheme,
+)
+from npu_fusion.quantization.quantized_weight import QuantizedWeight
+from npu_fusion.quantization.scheme import InputScheme, Scheme, WeightScheme
+
+PLAIN = Scheme(WeightScheme("int8"), InputScheme("int8", strategy="token"))
+"""Of layers that are made without a scheme."""
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,29 +56,40 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-class W8A8DynamicLinear(nn.Module):
+@deployed
+class W8A8DynamicLinear(DeployedLinear):
     """``y = x Wᵀ + b`` with int8 weights (scale per channel) and int8 activations (per token, at run time).
 
-    With qx, sx = :func:`quantize_rows` (x) and qw, sw = :func:`quantize_rows` (W)::
+    With f the smooth scales (1 where there are none) and qx, sx = :func:`quantize_rows` (x · f)::
 
-        y[t, n] = (Σₖ qx[t, k] · qw[n, k]) · sw[n] · sx[t] + b[n]
+        y[t, n] = (Σₖ qx[t, k] · weight[n, k]) · weight_scale[n] · sx[t] + b[n]
 
     The sum is an exact int32 (K up to 131,071), the rest is fp32, rounded once to the dtype of ``x``. This
     is per-token and per-channel W8A8 as in LLM.int8() (arXiv:2208.07339) and SmoothQuant
     (arXiv:2211.10438), and what ``npu_dynamic_quant`` and ``npu_quant_matmul(pertoken_scale=)`` compute.
     The layer is for inference: no gradient reaches its weight.
 
-    Buffers: ``weight`` int8 [out_features, in_features], ``weight_scale`` fp32 [out_features], ``bias``
-    fp32 [out_features] or None. A new layer has zero weights: make it with :meth:`from_float` or load a
-    state dict. On CUDA ``torch._int_mm`` itself wants more than 16 tokens and features in multiples of 8.
+    Buffers: ``weight`` int8 [out_features, in_features], ``weight_scale`` fp32 [out_features] (equal numbers
+    where the scheme has one for the whole weight), ``smooth_scales`` [in_features] or None, ``bias`` fp32
+    [out_features] or None. A new layer has zero weights: make it with :func:`deploy` or :meth:`from_float`,
+    or load a state dict. On CUDA ``torch._int_mm`` itself wants more than 16 tokens and features in multiples
+    of 8.
+
+    Args:
+        scheme: of int8 weights (symmetric, one scale or one per channel) and int8 inputs per token.
+        smooth_scales: their dtype, which has to be that of ``x`` for the fusions; None: there are none.
 
     Raises:
         ValueError: ``in_features`` is less than 2 (``torch._int_mm`` misreads a matrix of one row on the CPU,
             pytorch issue 195066) or ``out_features`` less than 1.
     """
 
+    kind = "w8a8_dynamic_linear"
+    shared = ("smooth_scales",)
+
     weight: Tensor
     weight_scale: Tensor
+    smooth_scales: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -72,20 +98,70 @@ class W8A8DynamicLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         device: torch.device | str | None = None,
+        *,
+        scheme: Scheme = PLAIN,
+        smooth_scales: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if in_features < _FEWEST_INPUTS or out_features < 1:
-            raise ValueError(
-                f"W8A8DynamicLinear: in_features is {in_features} and out_features {out_features}; "
-                f"accepted: in_features at least {_FEWEST_INPUTS} and out_features at least 1"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
-        zero_bias = torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
-        self.register_buffer("bias", zero_bias)
+        check_int8_sizes("W8A8DynamicLinear", in_features, out_features)
+        specs = {
+            "weight": Spec(torch.int8, (out_features, in_features)),
+            "weight_scale": Spec(torch.float32, (out_features,)),
+            "smooth_scales": None if smooth_scales is None else Spec(smooth_scales, (in_features,)),
+            "bias": Spec(torch.float32, (out_features,)) if bias else None,
+        }
+        super().__init__(in_features, out_features, scheme, specs, device)
+
+    @classmethod
+    def takes(cls, scheme: Scheme) -> bool:
+        weights, inputs = scheme.weights, scheme.inputs
+        return (
+            inputs is not None
+            and (weights.type, weights.symmetric) == ("int8", True)
+            and weights.strategy in ("tensor", "channel")
+            and (inputs.type, inputs.symmetric, inputs.strategy) == ("int8", True, "token")
+        )
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Linear,
+        scheme: Scheme,
+        weight: QuantizedWeight,
+        inputs: InputParameters | None,
+        smooth_scales: Tensor | None,
+    ) -> W8A8DynamicLinear:
+        made = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            "meta",
+            scheme=scheme,
+            smooth_scales=None if smooth_scales is None else smooth_scales.dtype,
+        )
+        made.fill(
+            weight=weight.codes,
+            weight_scale=for_each_output(weight),
+            smooth_scales=smooth_scales,
+            bias=None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True),
+        )
+        return made
+
+    @classmethod
+    def read(cls, fields: Fields, scheme: Scheme) -> W8A8DynamicLinear:
+        return cls(
+            fields.size("in_features"),
+            fields.size("out_features"),
+            fields.take("bias", bool),
+            scheme=scheme,
+            smooth_scales=fields.optional_dtype("smooth_scales"),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        smooth_scales = None if self.smooth_scales is None else dtype_name(self.smooth_scales.dtype)
+        return super().settings() | {"bias": self.bias is not None, "smooth_scales": smooth_scales}
+
+    def quantized_weight(self) -> QuantizedWeight:
+        return as_given(self.scheme, self.weight, self.weight_scale)
 
     @classmethod
     @torch.no_grad()
@@ -111,15 +187,9 @@ class W8A8DynamicLinear(nn.Module):
                 raise ValueError(
                     f"W8A8DynamicLinear.from_float: {name} has infinities or NaN; accepted: finite values"
                 )
-        quantized = cls(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, device=linear.weight.device
-        )
-        weight, scale = quantize_rows(linear.weight)
-        quantized.weight.copy_(weight)
-        quantized.weight_scale.copy_(scale.squeeze(-1))
-        if quantized.bias is not None:
-            quantized.bias.copy_(linear.bias)
-        return quantized.train(linear.training)
+        weight, scale = quantize_rows(linear.weight.detach())
+        given = QuantizedWeight(PLAIN.weights, weight, scale.squeeze(-1))
+        return cls.of(linear, PLAIN, given, None, None).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of ``x`` [..., in_features]; zero tokens are fine.
@@ -127,29 +197,27 @@ class W8A8DynamicLinear(nn.Module):
         Raises:
             ValueError: ``x`` is not float16, bfloat16 or float32, or its last size is not ``in_features``.
         """
-        if x.dtype not in _ACTIVATION_DTYPES:
-            raise ValueError(
-                f"W8A8DynamicLinear: x has dtype {x.dtype}; "
-                f"accepted: {', '.join(str(dtype) for dtype in _ACTIVATION_DTYPES)}"
-            )
-        if x.dim() == 0 or x.size(-1) != self.in_features:
-            raise ValueError(
-                f"W8A8DynamicLinear: x has shape {list(x.shape)}; "
-                f"accepted: [..., {self.in_features}] (in_features last)"
-            )
-        # The rows are made two-dimensional before they are quantized, not after: for a single token Inductor
-        # turns a later reshape into a stride of 0, with which torch._int_mm computes garbage on the CPU
-        # (pytorch issue 195066).
-        q, scale = quantize_rows(x.reshape(-1, self.in_features))
+        rows = self.rows(x)
+        if self.smooth_scales is not None:
+            rows = rows.float() * self.smooth_scales.float()
+        q, scale = quantize_rows(rows)
         y = torch._int_mm(q, self.weight.t()).float() * self.weight_scale * scale
         if self.bias is not None:
             y = y + self.bias
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return self.unrows(y, x)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+
+@mergeable(W8A8DynamicLinear, shared=W8A8DynamicLinear.shared)
+def _twice(layer: W8A8DynamicLinear) -> nn.Module:
+    smooth_scales = None if layer.smooth_scales is None else layer.smooth_scales.dtype
+    return W8A8DynamicLinear(
+        layer.in_features,
+        2 * layer.out_features,
+        layer.bias is not None,
+        "meta",
+        scheme=merged_scheme(layer.scheme),
+        smooth_scales=smooth_scales,
+    )
 
 
 def quantize_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> list[str]:
