@@ -7,7 +7,7 @@ JOBS ?= 2
 # Installation compiles the CPU kernels, so it is made again when their sources change.
 PACKAGE := pyproject.toml setup.py constraints.txt npu_fusion/kernels/cpu/_build.py $(wildcard npu_fusion/kernels/cpu/src/*)
 
-.PHONY: help demo test test-all test-ascend test-triton lint types bench clean
+.PHONY: help demo test test-all test-ascend test-triton lint types bench bench-quantization-peers clean
 help:
 	@echo "make demo      install into $(VENV) and run the main job on the CPU"
 	@echo "make test      install and run the tests (test-all: the slow ones too)"
@@ -64,6 +64,14 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.passes
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.quantization
+
+# Both want versions of packages that nobody else does, hence an environment of their own.
+bench-quantization-peers: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --disable-pip-version-check -r constraints.txt torchao==0.18.0 \
+		llmcompressor==0.14.0.1 -e '.[demo]'
+	$(VENV)/peers/bin/python -m benchmarks.quantization_peers --update docs/quantization.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis npu_fusion_dump *.egg-info

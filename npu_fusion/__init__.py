@@ -21,6 +21,7 @@ from npu_fusion.explain import explain  # noqa: E402
 from npu_fusion.passes.pipeline import FusionError, FusionExpectationError  # noqa: E402
 from npu_fusion.passes.verify import FusionVerificationError  # noqa: E402
 from npu_fusion.prepare import prepare  # noqa: E402
+from npu_fusion.quantization import algorithm_register, convert, quantize  # noqa: E402
 from npu_fusion.report import FusionReport, Refusal  # noqa: E402
 
 __all__ = [
@@ -32,10 +33,13 @@ __all__ = [
     "NpuBackend",
     "Refusal",
     "__version__",
+    "algorithm_register",
+    "convert",
     "enable",
     "explain",
     "get_npu_backend",
     "npugraph_ex_options",
     "prepare",
+    "quantize",
     "reports",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``npu-fusion demo``, ``explain``, ``offline-setup``, ``lower`` and ``bench``."""
+"""The command line: ``npu-fusion demo``, ``explain``, ``quantize``, ``lower`` and others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import npu_fusion
-from npu_fusion import _cli_bench, _cli_offline
+from npu_fusion import _cli_bench, _cli_offline, _cli_quantize
 from npu_fusion._cli_model import FACTORY, UsageError, add_options, fusion_config, make_model
 from npu_fusion.backend import HOSTS
 from npu_fusion.hosts.offline import OfflineError
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dump", metavar="DIR", help="write graphs, report.json and report.html there")
     explain.set_defaults(run=_explain)
 
+    _cli_quantize.add_command(commands)
     _cli_offline.add_commands(commands)
     _cli_bench.add_command(commands)
     return parser

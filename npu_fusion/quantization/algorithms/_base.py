@@ -35,8 +35,8 @@ class Problem:
     can absorb them (heads of one group in grouped-query attention). Every vector of smoothing factors, each
     candidate of a search too, goes through it before the weights are multiplied."""
     attain: Callable[[Tensor], Tensor] = lambda smooth_scales: smooth_scales.float()
-    """``smooth_scales`` -> fp32 [K]: what the input is really multiplied by. A norm in 16 bits that takes them
-    over rounds; weights are divided by this, so that the product stays what it was."""
+    """``smooth_scales`` -> fp32 [K]: what the input is really multiplied by. A norm in 16 bits that takes
+    them over rounds; weights are divided by this, so that the product stays what it was."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from npu_fusion.quantization import api
+from npu_fusion.quantization.api import is_calibrating
 from npu_fusion.quantization.checkpoints import ascend, saved
 from npu_fusion.quantization.checkpoints._contents import contents
 from npu_fusion.quantization.checkpoints._files import INDEX_SUFFIX, SUFFIX, require_safetensors
@@ -52,7 +52,7 @@ def save_checkpoint(
             f"save_checkpoint: shard_size is {shard_size!r}; accepted: a positive number of bytes"
         )
     require_safetensors("save_checkpoint")
-    if hasattr(model, api._STATE):
+    if is_calibrating(model):
         raise ValueError("save_checkpoint: model is being calibrated; call npu_fusion.convert(model) first")
     folder = Path(path)
     _check_folder(folder)

@@ -16,7 +16,7 @@ Traps:
   up to one part in 16 without a sign of it, and is refused.
 * ``y_scale`` is the bit pattern of ``npu_trans_quant_param``, with 10 bits of mantissa: it is rounded to the
   nearest such number, and :meth:`Float8Float4Linear.quantized_weight` has the channel scales that are left.
-* Groups have 32 inputs, nothing else.
+* The operator's groups have 32 inputs. A scale of a larger group is given once for each 32 of it.
 
 Source: documentation of npu_quantize and npu_quant_matmul (torch_npu 2.13.0), and the operator's reference
 computation.
@@ -103,7 +103,9 @@ class Float8Float4Linear(DeployedLinear):
         return (
             inputs is not None
             and (weights.type, weights.strategy) == ("float4_e2m1", "group")
-            and (weights.group_size, weights.symmetric) == (GROUP, True)
+            and weights.symmetric
+            and weights.group_size is not None
+            and weights.group_size % GROUP == 0
             and (inputs.type, inputs.strategy, inputs.symmetric) == ("float8_e4m3fn", "tensor", True)
         )
 
@@ -133,7 +135,7 @@ class Float8Float4Linear(DeployedLinear):
         scale = inputs.scale
         made.fill(
             weight=pack_two(weight.codes),
-            weight_scale=weight.scale.to(layer.weight.dtype),
+            weight_scale=_of_blocks(weight, layer.in_features).to(layer.weight.dtype),
             y_scale=pack_quant_param(scale * weight.channel_scale, rounded=True),
             input_scale=scale if smooth_scales is None else scale / smooth_scales.float(),
             pertoken_scale=scale,
@@ -158,10 +160,11 @@ class Float8Float4Linear(DeployedLinear):
 
     def quantized_weight(self) -> QuantizedWeight:
         channel_scale = unpack_quant_param(self.y_scale)[0] / self.pertoken_scale
+        assert self.scheme.weights.group_size is not None
         return QuantizedWeight(
             self.scheme.weights,
             unpack_two(self.weight),
-            self.weight_scale.float(),
+            self.weight_scale[:, :: self.scheme.weights.group_size // GROUP].float(),
             channel_scale=channel_scale,
         )
 
@@ -184,6 +187,13 @@ class Float8Float4Linear(DeployedLinear):
             y_scale=self.y_scale.unsqueeze(0),
         )
         return self.unrows(y, x)
+
+
+def _of_blocks(weight: QuantizedWeight, columns: int) -> Tensor:
+    """The scale of each block of 32, which is what the operator takes; of larger groups it is repeated."""
+    size = weight.scheme.group_size
+    assert size is not None
+    return weight.scale.repeat_interleave(size // GROUP, dim=1)[:, : columns // GROUP].contiguous()
 
 
 def _is_exact(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,9 +45,23 @@ def test_refusals() -> None:
     refuse(message, weight=replace(GIVEN, scale=torch.full_like(GIVEN.scale, 1.75)))
     refuse(message, weight=replace(GIVEN, scale=torch.full_like(GIVEN.scale, 128.0)))
     refuse("dtype is float32; accepted: float16, bfloat16", nn.Linear(64, 16, bias=False))
-    groups = replace(WEIGHTS, group_size=64)
-    wide = round_to_nearest(LAYER.weight.detach().float(), groups, SCHEME.inputs)
-    refuse("no layer has it", scheme=replace(SCHEME, weights=groups), weight=wide)
     narrow = nn.Linear(48, 16, bias=False).bfloat16()
     given = round_to_nearest(narrow.weight.detach().float(), WEIGHTS, SCHEME.inputs)
     refuse("in_features is 48; accepted: a multiple of 32", narrow, weight=given)
+
+
+@pytest.mark.parametrize(("columns", "size"), [(128, 64), (96, 64), (256, 96)])
+def test_larger_groups_repeat_their_scale(columns: int, size: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(columns, 16, bias=False).bfloat16()
+    scheme = replace(SCHEME, weights=replace(WEIGHTS, group_size=size))
+    given = round_to_nearest(layer.weight.detach().float(), scheme.weights, scheme.inputs)
+    assert given.scale.shape == (16, -(-columns // size)), "the last group may be smaller"
+    made = deploy(layer, scheme, given, INPUTS)
+    assert made.weight_scale.shape == (16, columns // 32)
+    back = made.quantized_weight()
+    assert torch.equal(back.scale, given.scale) and torch.equal(back.codes, given.codes)
+    x = torch.randn(5, columns).bfloat16()
+    q = (x.float() / INPUTS.scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * INPUTS.scale.double()
+    expected = q @ back.dequantize().double().t()
+    assert (made(x).double() - expected).abs().max() <= 2**-8 * expected.abs().max()

@@ -710,6 +710,15 @@ def test_an_expert_that_was_not_called_could_read_the_norm() -> None:
     assert why["attention.q"] == why["attention.o"] == why["moe.experts.0.down"] == ""
 
 
+def test_an_unused_layer_beside_the_norm() -> None:
+    model = made(Block())
+    model.extra = nn.Linear(WIDTH, 2).double()
+    why = reasons(model)
+    assert why["attention.q"] == "extra.weight was not used, and could read the output of first"
+    assert why["mlp.gate"] == "extra.weight was not used, and could read the output of second"
+    assert why["attention.o"] == why["mlp.down"] == ""
+
+
 def test_all_experts_and_the_router_in_one_group() -> None:
     produced = assert_exact(made(MoeBlock(chosen=(0, 1, 2), router=True)), X)
     assert produced["moe.router"] == produced["moe.experts.1.up"] == "second"
