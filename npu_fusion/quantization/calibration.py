@@ -182,10 +182,14 @@ class Calibration:
         solution = ALGORITHMS[group.scheme.algorithm].solve(
             _problem(members, group.scheme, statistics, producer)
         )
-        del statistics
         smooth_scales = solution.smooth_scales
         if smooth_scales is not None and producer is not None:
-            producer.fold(smooth_scales)
+            try:
+                producer.fold(smooth_scales)
+            except ValueError:
+                # It would overflow float16, and is what it was: the layers smooth for themselves.
+                self._solve_group(group, layers, statistics, None)
+                return
             self.folded.update(dict.fromkeys(group.names, producer.describe()))
             smooth_scales = None
         self._replace(members, solution, group.scheme, smooth_scales)

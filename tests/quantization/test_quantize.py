@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import npu_fusion
 from npu_fusion.quantization import PRESETS, Quantization, QuantizationWarning, calibration, convert, quantize
 from npu_fusion.quantization.modules._deployed import Deployed
+from npu_fusion.quantization.smoothing import Producer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -403,3 +404,21 @@ def test_weights_make_up_for_what_a_norm_really_takes(model: Model) -> None:
     step = weight.scale.unsqueeze(1) * block.norm.weight.float()
     # With a factor off by half a unit in the last place, large weights would be off by a quarter step more.
     assert ((block.norm.weight.float() * weight.dequantize() - product).abs() <= step / 2 * 1.001).all()
+
+
+def test_what_would_overflow_smooths_for_itself(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No producer of this model overflows; one that refuses is what the engine sees of one that would."""
+    exact = copy.deepcopy(model).float()
+
+    def refuse(self: Producer, smooth_scales: Tensor) -> None:
+        raise ValueError("fold: it would overflow torch.float16; accepted: finite results")
+
+    monkeypatch.setattr(Producer, "fold", refuse)
+    norm = model.blocks[0].norm.weight.clone()
+    state = calibrated(model, SMOOTH)
+    assert state.folded == {} and torch.equal(model.blocks[0].norm.weight, norm)
+    assert all(layer.input_scale.unique().numel() > 1 for layer in deployed(model).values())
+    assert model.blocks[0].gate_proj.input_scale is model.blocks[0].up_proj.input_scale
+    x = batches()[0]
+    with torch.no_grad():
+        assert (model(x).float() - exact(x.float())).norm() < 0.02 * exact(x.float()).norm()
