@@ -11,6 +11,7 @@ from npu_fusion.quantization.config import QuantizationConfig, parse
 from npu_fusion.quantization.modules import W8A8DynamicLinear, quantize_linears
 from npu_fusion.quantization.presets import PRESETS
 from npu_fusion.quantization.rules import Skipped
+from npu_fusion.quantization.smoothing import get_act_scales, smooth
 from npu_fusion.quantization.user_algorithms import BaseQuantizeModule, algorithm_register
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "W8A8DynamicLinear",
     "algorithm_register",
     "convert",
+    "get_act_scales",
     "load_checkpoint",
     "load_model",
     "parse",
     "quantize",
     "quantize_linears",
     "save_checkpoint",
+    "smooth",
 ]
