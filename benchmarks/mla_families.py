@@ -129,7 +129,7 @@ FAMILIES: dict[str, Family] = {
     "mistral_large4": Family(vision={**_VISION, "model_type": "pixtral"}),
     "youtu": Family(),
 }
-"""Every model of transformers 5.23 whose keys and values come from a ``kv_b_proj``."""
+"""Every model of transformers 5.24 whose keys and values come from a ``kv_b_proj``."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,9 @@
-"""Fixtures of several folders."""
+"""What all tests run with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices as small as the demo models' lose more by waiting for a second core than they gain from it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The models and matrices of tests are small: they lose more by waiting for a second core than they gain from
+# it, the more so where several workers share the cores. tests/kernels has two again.
+torch.set_num_threads(1)

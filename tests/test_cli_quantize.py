@@ -14,8 +14,6 @@ from npu_fusion.quantization import W8A8DynamicLinear, load_model
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BRIEF = ["--batches", "2", "--batch-size", "2", "--length", "16"]
 
 

@@ -109,7 +109,9 @@ def test_models_compute_and_save_the_same(name: str) -> None:
     assert torch.equal(logits(fresh, ids), expected)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("v3", False), ("v3 of halves", True)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("v3", False), pytest.param("v3 of halves", True, marks=pytest.mark.slow)]
+)
 def test_models_still_fuse(name: str, dynamic: bool) -> None:
     model = causal_lm(name)
     del model.model.layers[1:]

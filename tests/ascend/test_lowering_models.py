@@ -15,8 +15,6 @@ from tests.ascend._lowering import assert_dynamic, lower
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:

@@ -15,8 +15,6 @@ from npu_fusion.demo.model import context_length
 
 pytest.importorskip("safetensors")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model() -> ByteMla:

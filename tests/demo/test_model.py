@@ -24,8 +24,6 @@ from npu_fusion.demo.model import CHECKPOINT, new_byte_llama
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:

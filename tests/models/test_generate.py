@@ -11,8 +11,10 @@ import npu_fusion
 from npu_fusion.demo.model import load_byte_llama
 from npu_fusion.quantization import quantize_linears
 
+STATIC = {"cache_implementation": "static", "disable_compile": True}
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+
+@pytest.mark.parametrize("options", [{}, pytest.param(STATIC, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_eager(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model = load_byte_llama()

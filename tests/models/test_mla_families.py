@@ -20,11 +20,27 @@ IN_ANOTHER_GRAPH = {"glm5_next"}
 """Its indexer breaks the graph between the expansion of keys and values and the attention to them."""
 
 
-FUSED = {"axk1", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "youtu"}
+FUSED = {
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "youtu",
+}
 """The prolog of every layer is fused, without preparing anything."""
 
-SLOW = {"glm5_next", "longcat_flash"}
-FAMILIES = [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in mla_families.FAMILIES]
+FAST = {"deepseek_v2", "deepseek_v3", "minicpm3", "mistral4", "youtu"}
+"""Of every way in which a prolog is refused or fused one; the others take minutes together."""
+
+
+def slow_unless(fast: bool, *values: Any) -> Any:
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+FAMILIES = [slow_unless(name in FAST, name) for name in mla_families.FAMILIES]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -39,7 +55,7 @@ def test_decoding(name: str) -> None:
         assert row.reason == mla_families.BREAK
 
 
-@pytest.mark.parametrize("name", ["minicpm3", "hy_v4", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["minicpm3", slow_unless(False, "hy_v4"), "deepseek_v3"])
 def test_prepared(name: str) -> None:
     """Rope columns are paired where the model rotates halves."""
     row = mla_families.measure(name, prepared=True)
@@ -56,11 +72,18 @@ def deepseek(**changes: Any) -> Any:
     return mla_families.randomized(model)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attn_implementation": "eager"}], ids=["operator", "written out"])
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_generate(cache: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("cache", "attention"),
+    [
+        ("static", "sdpa"),
+        ("dynamic", "eager"),
+        slow_unless(False, "static", "eager"),
+        slow_unless(False, "dynamic", "sdpa"),
+    ],
+)
+def test_generate(cache: str, attention: str) -> None:
     torch._dynamo.reset()
-    model = deepseek(**changes)
+    model = deepseek(attn_implementation=attention)
     settings: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "use_cache": True}
     if cache == "static":
         settings |= {"cache_implementation": "static", "disable_compile": True}

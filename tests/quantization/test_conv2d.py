@@ -10,8 +10,6 @@ pytest.importorskip("sklearn")
 from npu_fusion.quantization.modules.quantized_conv2d import QuantizedConv2d
 from tests.quantization._digits import accuracy, digits_cnn, quantized_cnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strategy", ["tensor", "channel"])

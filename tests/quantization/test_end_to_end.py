@@ -13,8 +13,6 @@ import npu_fusion
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYERS = 2
 SMALL = {
     "hidden_size": 64,

@@ -27,8 +27,6 @@ from npu_fusion.demo.outliers import plant_outliers
 
 pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAIVE = "int8, weights and inputs per tensor (naive)"
 LARGE = 256
 

@@ -16,8 +16,6 @@ from npu_fusion.quantization import PRESETS, Quantization, QuantizationWarning, 
 from npu_fusion.quantization.modules._deployed import Deployed
 from npu_fusion.quantization.smoothing import Producer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WEIGHTS = {"type": "int8", "symmetric": True, "strategy": "channel"}
 INPUTS = {"type": "int8", "symmetric": True, "strategy": "tensor"}
 STATIC = {"batch_num": 2, "quant_cfg": {"weights": WEIGHTS, "inputs": INPUTS}, "algorithm": {"minmax"}}
