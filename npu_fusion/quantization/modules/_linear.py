@@ -1,24 +1,46 @@
-"""What deployed linear layers have in common: their sizes, and their input as rows."""
+"""What deployed linear layers have in common: sizes, descriptions, being merged, and their input as rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from npu_fusion.quantization.modules._deployed import Deployed, Spec
-from npu_fusion.quantization.modules._description import DTYPES
+from npu_fusion.quantization.modules._description import DTYPES, Fields, dtype_name
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import Scheme
 
+Read = Callable[[Fields, str], Any]
+"""How an option is read from a description, by its name."""
+Linear = TypeVar("Linear", bound="DeployedLinear")
+
+
+def flag(fields: Fields, name: str) -> bool:
+    return fields.take(name, bool)
+
+
+def dtype_of(accepted: Collection[torch.dtype]) -> Read:
+    return lambda fields, name: fields.dtype(name, accepted)
+
+
+def dtype_or_none(accepted: Collection[torch.dtype]) -> Read:
+    return lambda fields, name: fields.optional_dtype(name, accepted)
+
 
 class DeployedLinear(Deployed):
-    """``y = x Wᵀ + b`` of x [..., in_features] with a quantized W [out_features, in_features]."""
+    """``y = x Wᵀ + b`` of x [..., in_features] with a quantized W [out_features, in_features].
+
+    A kind is made by ``cls(in_features, out_features, scheme=, device=, **options)``, and of these values
+    follow the shapes and dtypes of its buffers.
+    """
 
     stands_for = nn.Linear
+    reads: ClassVar[Mapping[str, Read]]
+    """The options."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     """Of the input."""
 
@@ -29,13 +51,29 @@ class DeployedLinear(Deployed):
         scheme: Scheme,
         specs: Mapping[str, Spec | None],
         device: torch.device | str | None,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__(scheme, specs, device)
         self.in_features = in_features
         self.out_features = out_features
+        self.options = dict(options)
+
+    @classmethod
+    def like(cls: type[Linear], layer: nn.Linear, scheme: Scheme, **options: Any) -> Linear:
+        """To take the place of ``layer``, and to be filled."""
+        return cls(layer.in_features, layer.out_features, scheme=scheme, device="meta", **options)
+
+    @classmethod
+    def read(cls: type[Linear], fields: Fields, scheme: Scheme) -> Linear:
+        sizes = fields.size("in_features"), fields.size("out_features")
+        options = {name: read(fields, name) for name, read in cls.reads.items()}
+        return cls(*sizes, scheme=scheme, **options)
 
     def settings(self) -> dict[str, Any]:
-        return {"in_features": self.in_features, "out_features": self.out_features}
+        return {"in_features": self.in_features, "out_features": self.out_features} | {
+            name: dtype_name(value) if isinstance(value, torch.dtype) else value
+            for name, value in self.options.items()
+        }
 
     def rows(self, x: Tensor) -> Tensor:
         """``x`` as [T, in_features], to be called before anything else is done with it.
@@ -89,11 +127,18 @@ def as_given(scheme: Scheme, codes: Tensor, scale: Tensor) -> QuantizedWeight:
     return QuantizedWeight(scheme.weights, codes, scale[:1].clone() if one else scale)
 
 
-def merged_scheme(scheme: Scheme) -> Scheme:
-    """Of two layers in one: each half may have had one scale of its own."""
-    if scheme.weights.strategy != "tensor":
-        return scheme
-    return replace(scheme, weights=replace(scheme.weights, strategy="channel"))
+def bias_fp32(layer: nn.Linear) -> Tensor | None:
+    """A copy of the layer's bias."""
+    return None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
+
+
+def doubled(layer: Linear) -> Linear:
+    """With twice the outputs, for two layers in one (``npu_fusion.prepare``)."""
+    scheme = layer.scheme
+    if scheme.weights.strategy == "tensor":  # each half may have had one scale of its own
+        scheme = replace(scheme, weights=replace(scheme.weights, strategy="channel"))
+    sizes = layer.in_features, 2 * layer.out_features
+    return type(layer)(*sizes, scheme=scheme, device="meta", **layer.options)
 
 
 def check_int8_sizes(name: str, in_features: int, out_features: int) -> None:

@@ -24,7 +24,7 @@ computation.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ from npu_fusion.kernels.reference._quant import pack_quant_param, unpack_quant_p
 from npu_fusion.meta_impls._dtypes import FLOAT4_E2M1, enum_value
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
-from npu_fusion.quantization.modules._linear import DeployedLinear
+from npu_fusion.quantization.modules._description import dtype_name
+from npu_fusion.quantization.modules._linear import DeployedLinear, doubled, dtype_of, flag
 from npu_fusion.quantization.modules._packing import pack_two, unpack_two
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import Scheme
@@ -57,6 +57,7 @@ class Float8Float4Linear(DeployedLinear):
 
     Args:
         dtype: of x, float16 or bfloat16.
+        per_channel: the input has a scale for each channel.
 
     Raises:
         ValueError: another dtype, or ``in_features`` that is no multiple of 32.
@@ -64,6 +65,7 @@ class Float8Float4Linear(DeployedLinear):
 
     kind = "float8_float4_linear"
     shared = ("input_scale", "pertoken_scale")
+    reads: ClassVar = {"dtype": dtype_of(DTYPES), "per_channel": flag}
 
     weight: Tensor
     weight_scale: Tensor
@@ -76,6 +78,7 @@ class Float8Float4Linear(DeployedLinear):
         in_features: int,
         out_features: int,
         scheme: Scheme,
+        *,
         dtype: torch.dtype,
         per_channel: bool,
         device: torch.device | str | None = None,
@@ -93,9 +96,9 @@ class Float8Float4Linear(DeployedLinear):
             "input_scale": Spec(torch.float32, (in_features if per_channel else 1,)),
             "pertoken_scale": Spec(torch.float32, (1,)),
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
+        options = {"dtype": dtype, "per_channel": per_channel}
+        super().__init__(in_features, out_features, scheme, specs, device, options)
         self.dtypes = (dtype,)
-        self.per_channel = per_channel
 
     @classmethod
     def takes(cls, scheme: Scheme) -> bool:
@@ -125,8 +128,7 @@ class Float8Float4Linear(DeployedLinear):
             )
         if weight.channel_scale is None:
             raise ValueError("deploy: weight.channel_scale is None; accepted: a tensor, beside fp8 inputs")
-        per_channel = smooth_scales is not None
-        made = cls(layer.in_features, layer.out_features, scheme, layer.weight.dtype, per_channel, "meta")
+        made = cls.like(layer, scheme, dtype=layer.weight.dtype, per_channel=smooth_scales is not None)
         if not bool(_is_exact(weight.scale, layer.weight.dtype).all()):
             raise ValueError(
                 "deploy: weight.scale has numbers with which the operator rounds weights to float8_e4m3fn; "
@@ -141,22 +143,6 @@ class Float8Float4Linear(DeployedLinear):
             pertoken_scale=scale,
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> Float8Float4Linear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            scheme,
-            fields.dtype("dtype", DTYPES),
-            fields.take("per_channel", bool),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {
-            "dtype": dtype_name(self.dtypes[0]),
-            "per_channel": self.per_channel,
-        }
 
     def quantized_weight(self) -> QuantizedWeight:
         channel_scale = unpack_quant_param(self.y_scale)[0] / self.pertoken_scale
@@ -204,13 +190,4 @@ def _is_exact(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (kept == products).all(-1) & (scale.to(dtype).float() == scale)
 
 
-@mergeable(Float8Float4Linear, shared=Float8Float4Linear.shared)
-def _twice(layer: Float8Float4Linear) -> nn.Module:
-    return Float8Float4Linear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.scheme,
-        layer.dtypes[0],
-        layer.per_channel,
-        "meta",
-    )
+mergeable(Float8Float4Linear, shared=Float8Float4Linear.shared)(doubled)

@@ -26,7 +26,7 @@ Source: documentation of npu_quantize, npu_dynamic_quant and npu_quant_matmul (t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,15 @@ from npu_fusion._mergeable import mergeable
 from npu_fusion.meta_impls._dtypes import HIFLOAT8, enum_value
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
+from npu_fusion.quantization.modules._description import DTYPES
 from npu_fusion.quantization.modules._linear import (
     DeployedLinear,
     as_given,
+    bias_fp32,
+    doubled,
+    dtype_or_none,
+    flag,
     for_each_output,
-    merged_scheme,
 )
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import FLOAT8_TYPES, Scheme
@@ -92,10 +95,12 @@ class _Float8Linear(DeployedLinear):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         scheme: Scheme,
         own: dict[str, Spec | None],
         device: torch.device | str | None,
+        *,
+        bias: bool,
+        **options: object,
     ) -> None:
         specs = {
             "weight": Spec(CODES[scheme.weights.type], (out_features, in_features)),
@@ -103,18 +108,14 @@ class _Float8Linear(DeployedLinear):
             **own,
             "bias": Spec(torch.float32, (out_features,)) if bias else None,
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {"bias": self.bias is not None}
+        super().__init__(in_features, out_features, scheme, specs, device, {"bias": bias, **options})
 
     def quantized_weight(self) -> QuantizedWeight:
         return as_given(self.scheme, self.weight, self.weight_scale)
 
     def give(self, layer: nn.Linear, weight: QuantizedWeight) -> None:
         """Fill what both kinds have."""
-        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
-        self.fill(weight=weight.codes, weight_scale=for_each_output(weight), bias=bias)
+        self.fill(weight=weight.codes, weight_scale=for_each_output(weight), bias=bias_fp32(layer))
 
     def product(self, q: Tensor, scale: Tensor, x: Tensor) -> Tensor:
         """``q`` [T, in_features] times the weight, with one ``scale`` or one for each row, like ``x``."""
@@ -137,10 +138,14 @@ class Float8StaticLinear(_Float8Linear):
     """``y = x Wᵀ + b`` with 8-bit floats and a given scale of the input; see the module's docstring.
 
     Buffers besides: ``input_scale`` fp32, [1] or [in_features] (smoothing), ``pertoken_scale`` fp32 [1].
+
+    Args:
+        per_channel: the input has a scale for each channel.
     """
 
     kind = "float8_static_linear"
     shared = ("input_scale", "pertoken_scale")
+    reads: ClassVar = {"bias": flag, "per_channel": flag}
 
     input_scale: Tensor
     pertoken_scale: Tensor
@@ -149,8 +154,9 @@ class Float8StaticLinear(_Float8Linear):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         scheme: Scheme,
+        *,
+        bias: bool,
         per_channel: bool,
         device: torch.device | str | None = None,
     ) -> None:
@@ -158,8 +164,7 @@ class Float8StaticLinear(_Float8Linear):
             "input_scale": Spec(torch.float32, (in_features if per_channel else 1,)),
             "pertoken_scale": Spec(torch.float32, (1,)),
         }
-        super().__init__(in_features, out_features, bias, scheme, own, device)
-        self.per_channel = per_channel
+        super().__init__(in_features, out_features, scheme, own, device, bias=bias, per_channel=per_channel)
 
     @classmethod
     def takes(cls, scheme: Scheme) -> bool:
@@ -175,8 +180,7 @@ class Float8StaticLinear(_Float8Linear):
         smooth_scales: Tensor | None,
     ) -> Float8StaticLinear:
         assert inputs is not None
-        per_channel = smooth_scales is not None
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, scheme, per_channel, "meta")
+        made = cls.like(layer, scheme, bias=layer.bias is not None, per_channel=smooth_scales is not None)
         made.give(layer, weight)
         scale = inputs.scale
         made.fill(
@@ -184,19 +188,6 @@ class Float8StaticLinear(_Float8Linear):
             pertoken_scale=scale,
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> Float8StaticLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.take("bias", bool),
-            scheme,
-            fields.take("per_channel", bool),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {"per_channel": self.per_channel}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of ``x`` [..., in_features].
@@ -221,6 +212,7 @@ class Float8DynamicLinear(_Float8Linear):
 
     kind = "float8_dynamic_linear"
     shared = ("smooth_scales",)
+    reads: ClassVar = {"bias": flag, "smooth_scales": dtype_or_none(DTYPES)}
 
     smooth_scales: Tensor | None
 
@@ -228,13 +220,16 @@ class Float8DynamicLinear(_Float8Linear):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         scheme: Scheme,
+        *,
+        bias: bool,
         smooth_scales: torch.dtype | None,
         device: torch.device | str | None = None,
     ) -> None:
         own = {"smooth_scales": None if smooth_scales is None else Spec(smooth_scales, (in_features,))}
-        super().__init__(in_features, out_features, bias, scheme, own, device)
+        super().__init__(
+            in_features, out_features, scheme, own, device, bias=bias, smooth_scales=smooth_scales
+        )
 
     @classmethod
     def takes(cls, scheme: Scheme) -> bool:
@@ -250,24 +245,10 @@ class Float8DynamicLinear(_Float8Linear):
         smooth_scales: Tensor | None,
     ) -> Float8DynamicLinear:
         dtype = None if smooth_scales is None else smooth_scales.dtype
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, scheme, dtype, "meta")
+        made = cls.like(layer, scheme, bias=layer.bias is not None, smooth_scales=dtype)
         made.give(layer, weight)
         made.fill(smooth_scales=smooth_scales)
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> Float8DynamicLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.take("bias", bool),
-            scheme,
-            fields.optional_dtype("smooth_scales"),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        smooth_scales = None if self.smooth_scales is None else dtype_name(self.smooth_scales.dtype)
-        return super().settings() | {"smooth_scales": smooth_scales}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of ``x`` [..., in_features].
@@ -288,25 +269,5 @@ class Float8DynamicLinear(_Float8Linear):
         return self.product(q, scale, x)
 
 
-@mergeable(Float8StaticLinear, shared=Float8StaticLinear.shared)
-def _twice_static(layer: Float8StaticLinear) -> nn.Module:
-    return Float8StaticLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.bias is not None,
-        merged_scheme(layer.scheme),
-        layer.per_channel,
-        "meta",
-    )
-
-
-@mergeable(Float8DynamicLinear, shared=Float8DynamicLinear.shared)
-def _twice_dynamic(layer: Float8DynamicLinear) -> nn.Module:
-    return Float8DynamicLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.bias is not None,
-        merged_scheme(layer.scheme),
-        None if layer.smooth_scales is None else layer.smooth_scales.dtype,
-        "meta",
-    )
+mergeable(Float8StaticLinear, shared=Float8StaticLinear.shared)(doubled)
+mergeable(Float8DynamicLinear, shared=Float8DynamicLinear.shared)(doubled)

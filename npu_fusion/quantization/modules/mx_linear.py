@@ -25,7 +25,7 @@ of microscaling formats.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ from npu_fusion._mergeable import mergeable
 from npu_fusion.meta_impls._dtypes import E8M0, FLOAT4_E2M1, enum_value
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
-from npu_fusion.quantization.modules._linear import DeployedLinear
+from npu_fusion.quantization.modules._description import dtype_name
+from npu_fusion.quantization.modules._linear import DeployedLinear, doubled, dtype_of, flag
 from npu_fusion.quantization.modules._packing import biased_exponents, pack_two, powers_of_two, unpack_two
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import MX_BLOCK, MX_TYPES, Scheme
@@ -64,6 +64,7 @@ class MXLinear(DeployedLinear):
 
     kind = "mx_linear"
     shared = ("smooth_scales",)
+    reads: ClassVar = {"bias": flag, "dtype": dtype_of(DTYPES), "smooth_scales": flag}
 
     weight: Tensor
     weight_scale: Tensor
@@ -74,8 +75,9 @@ class MXLinear(DeployedLinear):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         scheme: Scheme,
+        *,
+        bias: bool,
         dtype: torch.dtype,
         smooth_scales: bool,
         device: torch.device | str | None = None,
@@ -94,7 +96,8 @@ class MXLinear(DeployedLinear):
             "smooth_scales": Spec(dtype, (in_features,)) if smooth_scales else None,
             "bias": Spec(dtype if mxfp4 else torch.float32, (out_features,)) if bias else None,
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
+        options = {"bias": bias, "dtype": dtype, "smooth_scales": smooth_scales}
+        super().__init__(in_features, out_features, scheme, specs, device, options)
         self.dtypes = (dtype,)
 
     @classmethod
@@ -116,14 +119,12 @@ class MXLinear(DeployedLinear):
         inputs: InputParameters | None,
         smooth_scales: Tensor | None,
     ) -> MXLinear:
-        made = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
+        made = cls.like(
+            layer,
             scheme,
-            layer.weight.dtype,
-            smooth_scales is not None,
-            "meta",
+            bias=layer.bias is not None,
+            dtype=layer.weight.dtype,
+            smooth_scales=smooth_scales is not None,
         )
         exponents = biased_exponents(weight.scale)
         odd = exponents.size(1) % 2
@@ -135,24 +136,6 @@ class MXLinear(DeployedLinear):
             bias=None if bias is None else layer.bias.detach().to(bias.dtype, copy=True),
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> MXLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.take("bias", bool),
-            scheme,
-            fields.dtype("dtype", DTYPES),
-            fields.take("smooth_scales", bool),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {
-            "bias": self.bias is not None,
-            "dtype": dtype_name(self.dtypes[0]),
-            "smooth_scales": self.smooth_scales is not None,
-        }
 
     def quantized_weight(self) -> QuantizedWeight:
         scheme = self.scheme.weights
@@ -190,14 +173,4 @@ class MXLinear(DeployedLinear):
         return self.unrows(y, x)
 
 
-@mergeable(MXLinear, shared=MXLinear.shared)
-def _twice(layer: MXLinear) -> nn.Module:
-    return MXLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.bias is not None,
-        layer.scheme,
-        layer.dtypes[0],
-        layer.smooth_scales is not None,
-        "meta",
-    )
+mergeable(MXLinear, shared=MXLinear.shared)(doubled)

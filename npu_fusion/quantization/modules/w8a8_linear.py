@@ -10,7 +10,7 @@ the fusions look for (``npu_dynamic_quant``, ``npu_quant_matmul``, ``npu_dequant
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,18 @@ from torch import Tensor, nn
 from npu_fusion._mergeable import mergeable
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
+from npu_fusion.quantization.modules._description import DTYPES
 from npu_fusion.quantization.modules._linear import (
     DeployedLinear,
     as_given,
+    bias_fp32,
     check_int8_sizes,
+    doubled,
+    dtype_or_none,
+    flag,
     for_each_output,
-    merged_scheme,
 )
+from npu_fusion.quantization.modules._replace import replace_linears
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import InputScheme, Scheme, WeightScheme
 
@@ -86,6 +90,7 @@ class W8A8DynamicLinear(DeployedLinear):
 
     kind = "w8a8_dynamic_linear"
     shared = ("smooth_scales",)
+    reads: ClassVar = {"bias": flag, "smooth_scales": dtype_or_none(DTYPES)}
 
     weight: Tensor
     weight_scale: Tensor
@@ -109,7 +114,8 @@ class W8A8DynamicLinear(DeployedLinear):
             "smooth_scales": None if smooth_scales is None else Spec(smooth_scales, (in_features,)),
             "bias": Spec(torch.float32, (out_features,)) if bias else None,
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
+        options = {"bias": bias, "smooth_scales": smooth_scales}
+        super().__init__(in_features, out_features, scheme, specs, device, options)
 
     @classmethod
     def takes(cls, scheme: Scheme) -> bool:
@@ -130,35 +136,15 @@ class W8A8DynamicLinear(DeployedLinear):
         inputs: InputParameters | None,
         smooth_scales: Tensor | None,
     ) -> W8A8DynamicLinear:
-        made = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            "meta",
-            scheme=scheme,
-            smooth_scales=None if smooth_scales is None else smooth_scales.dtype,
-        )
+        dtype = None if smooth_scales is None else smooth_scales.dtype
+        made = cls.like(layer, scheme, bias=layer.bias is not None, smooth_scales=dtype)
         made.fill(
             weight=weight.codes,
             weight_scale=for_each_output(weight),
             smooth_scales=smooth_scales,
-            bias=None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True),
+            bias=bias_fp32(layer),
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> W8A8DynamicLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.take("bias", bool),
-            scheme=scheme,
-            smooth_scales=fields.optional_dtype("smooth_scales"),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        smooth_scales = None if self.smooth_scales is None else dtype_name(self.smooth_scales.dtype)
-        return super().settings() | {"bias": self.bias is not None, "smooth_scales": smooth_scales}
 
     def quantized_weight(self) -> QuantizedWeight:
         return as_given(self.scheme, self.weight, self.weight_scale)
@@ -207,28 +193,19 @@ class W8A8DynamicLinear(DeployedLinear):
         return self.unrows(y, x)
 
 
-@mergeable(W8A8DynamicLinear, shared=W8A8DynamicLinear.shared)
-def _twice(layer: W8A8DynamicLinear) -> nn.Module:
-    smooth_scales = None if layer.smooth_scales is None else layer.smooth_scales.dtype
-    return W8A8DynamicLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.bias is not None,
-        "meta",
-        scheme=merged_scheme(layer.scheme),
-        smooth_scales=smooth_scales,
-    )
+mergeable(W8A8DynamicLinear, shared=W8A8DynamicLinear.shared)(doubled)
 
 
 def quantize_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> list[str]:
     """Replace each ``torch.nn.Linear`` in ``model`` by its :class:`W8A8DynamicLinear`, in place.
 
     Subclasses of Linear are left alone: their owners may use them in a way of their own (MultiheadAttention
-    reads the weight of its ``out_proj``). A layer that is used under several names stays one layer.
+    reads the weight of its ``out_proj``). A layer that is used under several names stays one layer, in float
+    if one of them is to be skipped.
 
     Args:
         skip: names to leave in float: a full name (``model.layers.0.mlp.down_proj``) or its last parts
-            (``down_proj``).
+            (``down_proj``), with the wildcards of file names.
 
     Returns:
         The full names of the replaced layers, in the order of ``model.named_modules``.
@@ -238,25 +215,6 @@ def quantize_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> li
         ValueError: ``model`` is itself a Linear, which cannot be replaced in place; or see
             :meth:`W8A8DynamicLinear.from_float` (nothing is replaced then).
     """
-    if isinstance(skip, str):
-        raise TypeError(f"quantize_linears: skip must be a sequence of names, got the string {skip!r}")
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "quantize_linears: model is itself a Linear; use W8A8DynamicLinear.from_float(model)"
-        )
-    skipped = tuple(skip)
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Linear and not any(f".{name}".endswith(f".{suffix}") for suffix in skipped)
-    }
-    quantized: dict[nn.Linear, W8A8DynamicLinear] = {}
-    for name, linear in linears.items():
-        if linear not in quantized:
-            try:
-                quantized[linear] = W8A8DynamicLinear.from_float(linear)
-            except ValueError as error:
-                raise ValueError(f"quantize_linears: layer {name}: {error}") from error
-    for name, linear in linears.items():
-        model.set_submodule(name, quantized[linear])
-    return list(linears)
+    return replace_linears(
+        "quantize_linears", model, lambda _, linear: W8A8DynamicLinear.from_float(linear), skip
+    )

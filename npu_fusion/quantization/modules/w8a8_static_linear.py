@@ -30,7 +30,7 @@ Traps:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from npu_fusion._mergeable import mergeable
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
 from npu_fusion.quantization.modules._linear import (
     DeployedLinear,
     as_given,
     check_int8_sizes,
+    doubled,
+    dtype_of,
+    dtype_or_none,
     for_each_output,
-    merged_scheme,
 )
 from npu_fusion.quantization.quantized_weight import QuantizedWeight
 from npu_fusion.quantization.scheme import Scheme
@@ -72,6 +73,7 @@ class W8A8StaticLinear(DeployedLinear):
 
     kind = "w8a8_static_linear"
     shared = ("input_scale", "input_offset")
+    reads: ClassVar = {"bias": dtype_or_none(_BIASES), "input_scale": dtype_of(_SCALES)}
 
     weight: Tensor
     weight_scale: Tensor
@@ -84,8 +86,9 @@ class W8A8StaticLinear(DeployedLinear):
         self,
         in_features: int,
         out_features: int,
-        bias: torch.dtype | None,
         scheme: Scheme,
+        *,
+        bias: torch.dtype | None,
         input_scale: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
@@ -100,7 +103,8 @@ class W8A8StaticLinear(DeployedLinear):
             "input_offset": None if scheme.inputs.symmetric else Spec(offset, (in_features,)),
             "bias": None if bias is None else Spec(bias, (out_features,)),
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
+        options = {"bias": bias, "input_scale": input_scale}
+        super().__init__(in_features, out_features, scheme, specs, device, options)
 
     @classmethod
     def takes(cls, scheme: Scheme) -> bool:
@@ -128,14 +132,7 @@ class W8A8StaticLinear(DeployedLinear):
         weight_scale = for_each_output(weight)
         deq_scale = scale.float() * weight_scale
         bias = _bias(layer.bias, weight.codes, offset, deq_scale)
-        made = cls(
-            layer.in_features,
-            layer.out_features,
-            None if bias is None else bias.dtype,
-            scheme,
-            dtype,
-            "meta",
-        )
+        made = cls.like(layer, scheme, bias=None if bias is None else bias.dtype, input_scale=dtype)
         of_channels = scale.expand(layer.in_features)
         if smooth_scales is not None:
             of_channels = of_channels / smooth_scales.float()
@@ -150,22 +147,6 @@ class W8A8StaticLinear(DeployedLinear):
             bias=bias,
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> W8A8StaticLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.optional_dtype("bias", _BIASES),
-            scheme,
-            fields.dtype("input_scale", _SCALES),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {
-            "bias": None if self.bias is None else dtype_name(self.bias.dtype),
-            "input_scale": dtype_name(self.input_scale.dtype),
-        }
 
     def quantized_weight(self) -> QuantizedWeight:
         return as_given(self.scheme, self.weight, self.weight_scale)
@@ -206,13 +187,4 @@ def _bias(bias: Tensor | None, codes: Tensor, offset: Tensor | None, deq_scale: 
     return (total * deq_scale.double() + bias.detach().double()).float()
 
 
-@mergeable(W8A8StaticLinear, shared=W8A8StaticLinear.shared)
-def _twice(layer: W8A8StaticLinear) -> nn.Module:
-    return W8A8StaticLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        None if layer.bias is None else layer.bias.dtype,
-        merged_scheme(layer.scheme),
-        layer.input_scale.dtype,
-        "meta",
-    )
+mergeable(W8A8StaticLinear, shared=W8A8StaticLinear.shared)(doubled)

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ from npu_fusion._mergeable import mergeable
 from npu_fusion.meta_impls._dtypes import FLOAT4_E1M2, HIFLOAT8
 from npu_fusion.quantization.input_parameters import InputParameters
 from npu_fusion.quantization.modules._deployed import Spec, deployed
-from npu_fusion.quantization.modules._description import Fields, dtype_name
-from npu_fusion.quantization.modules._linear import DeployedLinear, merged_scheme
+from npu_fusion.quantization.modules._description import DTYPES
+from npu_fusion.quantization.modules._linear import DeployedLinear, doubled, dtype_of, flag
 from npu_fusion.quantization.modules._packing import (
     biased_exponents,
     pack_eight,
@@ -124,6 +124,7 @@ class WeightOnlyLinear(DeployedLinear):
 
     kind = "weight_only_linear"
     shared = ("smooth_scales",)
+    reads: ClassVar = {"bias": flag, "dtype": dtype_of(DTYPES), "smooth_scales": flag}
 
     weight: Tensor
     antiquant_scale: Tensor
@@ -135,8 +136,9 @@ class WeightOnlyLinear(DeployedLinear):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
         scheme: Scheme,
+        *,
+        bias: bool,
         dtype: torch.dtype,
         smooth_scales: bool,
         device: torch.device | str | None = None,
@@ -158,7 +160,8 @@ class WeightOnlyLinear(DeployedLinear):
             "smooth_scales": Spec(dtype, (in_features,)) if smooth_scales else None,
             "bias": Spec(torch.float32 if wide_bias else dtype, (out_features,)) if bias else None,
         }
-        super().__init__(in_features, out_features, scheme, specs, device)
+        options = {"bias": bias, "dtype": dtype, "smooth_scales": smooth_scales}
+        super().__init__(in_features, out_features, scheme, specs, device, options)
         self.dtypes = (dtype,)
 
     @classmethod
@@ -181,14 +184,8 @@ class WeightOnlyLinear(DeployedLinear):
         smooth_scales: Tensor | None,
     ) -> WeightOnlyLinear:
         dtype = layer.weight.dtype
-        made = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            scheme,
-            dtype,
-            smooth_scales is not None,
-            "meta",
+        made = cls.like(
+            layer, scheme, bias=layer.bias is not None, dtype=dtype, smooth_scales=smooth_scales is not None
         )
         scale = (
             weight.scale.expand(layer.out_features) if scheme.weights.strategy == "tensor" else weight.scale
@@ -208,24 +205,6 @@ class WeightOnlyLinear(DeployedLinear):
             bias=None if bias is None else layer.bias.detach().to(bias.dtype, copy=True),
         )
         return made
-
-    @classmethod
-    def read(cls, fields: Fields, scheme: Scheme) -> WeightOnlyLinear:
-        return cls(
-            fields.size("in_features"),
-            fields.size("out_features"),
-            fields.take("bias", bool),
-            scheme,
-            fields.dtype("dtype"),
-            fields.take("smooth_scales", bool),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {
-            "bias": self.bias is not None,
-            "dtype": dtype_name(self.dtypes[0]),
-            "smooth_scales": self.smooth_scales is not None,
-        }
 
     def quantized_weight(self) -> QuantizedWeight:
         weights = self.scheme.weights
@@ -307,14 +286,4 @@ def _type(layer: WeightOnlyLinear) -> str:
     return f"{weights.type} weights" + (f" in groups of {weights.group_size}" if weights.group_size else "")
 
 
-@mergeable(WeightOnlyLinear, shared=WeightOnlyLinear.shared, alike=_type, dim=-1)
-def _twice(layer: WeightOnlyLinear) -> nn.Module:
-    return WeightOnlyLinear(
-        layer.in_features,
-        2 * layer.out_features,
-        layer.bias is not None,
-        merged_scheme(layer.scheme),
-        layer.dtypes[0],
-        layer.smooth_scales is not None,
-        "meta",
-    )
+mergeable(WeightOnlyLinear, shared=WeightOnlyLinear.shared, alike=_type, dim=-1)(doubled)

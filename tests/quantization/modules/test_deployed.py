@@ -262,7 +262,7 @@ def test_sharing_survives_moving_copying_and_pickling(smooth: bool) -> None:
 
     assert tied(copy.deepcopy(model))
     assert tied(pickle.loads(pickle.dumps(model)))
-    before = getattr(model[0], name)  # held, so that its memory is not given to another
+    before = getattr(model[0], name).detach()  # holds the memory, so that it is not given to another
     model._apply(lambda t: t.clone())  # as Module.to does for another device
     assert tied(model)
     assert getattr(model[0], name).data_ptr() != before.data_ptr()

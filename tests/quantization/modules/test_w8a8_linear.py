@@ -258,7 +258,8 @@ def test_quantize_linears_replaces_by_name() -> None:
 
 def test_quantize_linears_skips_full_names_and_last_parts() -> None:
     model = nn.Sequential(Block(), Block())
-    assert quantize_linears(model, skip=("0.up", "down", "again")) == ["0.lm_head", "1.up", "1.lm_head"]
+    assert quantize_linears(model, skip=("0.up", "again")) == ["0.lm_head", "1.up", "1.lm_head"]
+    assert type(model[0].down) is nn.Linear  # the same layer as "again"
 
 
 def test_quantize_linears_refuses() -> None:

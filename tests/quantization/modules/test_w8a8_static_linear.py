@@ -99,4 +99,4 @@ def test_the_last_bias_that_int32_holds_together_with_the_largest_product(
 def test_refuses_sizes() -> None:
     scheme = Scheme(WEIGHTS, InputScheme("int8", True, "tensor"))
     with pytest.raises(ValueError, match="W8A8StaticLinear: in_features is 1 and out_features 3; accepted"):
-        W8A8StaticLinear(1, 3, None, scheme, torch.float32)
+        W8A8StaticLinear(1, 3, scheme, bias=None, input_scale=torch.float32)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from npu_fusion.quantization.modules.smoothquant._replace import matches, patterns, replace_linears
+from npu_fusion.quantization.modules._replace import matches, patterns, replace_linears
 from npu_fusion.quantization.modules.smoothquant.fake_linear import W8A8Linear
 
 

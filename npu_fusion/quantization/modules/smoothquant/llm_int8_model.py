@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from npu_fusion.quantization.modules.smoothquant._replace import replace_linears
+from npu_fusion.quantization.modules._replace import replace_linears
 from npu_fusion.quantization.modules.smoothquant.llm_int8_linear import THRESHOLD, LLMInt8Linear
 
 
