@@ -54,6 +54,7 @@ def compiled(model: nn.Module, args: list[Tensor], host: str, dynamic: bool) -> 
         return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(*args), found
 
 
+@pytest.mark.by_turns("host", "dynamic")
 @pytest.mark.parametrize("host", ["eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def deepseek(**changes: Any) -> Any:
     ("cache", "attention"),
     [
         ("static", "sdpa"),
-        ("dynamic", "eager"),
+        slow_unless(False, "dynamic", "eager"),
         slow_unless(False, "static", "eager"),
         slow_unless(False, "dynamic", "sdpa"),
     ],

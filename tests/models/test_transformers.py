@@ -81,6 +81,7 @@ def run(name: str, dtype: torch.dtype, dialect: str, dynamic: bool, **config: An
     return got, exact
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dialect", DIALECTS)

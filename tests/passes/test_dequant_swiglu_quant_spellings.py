@@ -43,6 +43,7 @@ def check(spelling: Spelling, outcome: Outcome, args: list[torch.Tensor], dialec
     assert fused <= eager * 1.002 + 1e-5
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("inductor", True)])
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=_w8a8.described)
 def test_each_choice(spelling: Spelling, dialect: str, dynamic: bool) -> None:

@@ -71,6 +71,7 @@ def check(outcome: Outcome, x: Tensor) -> None:
     assert outcome.result[1].shape == outcome.expected[1].shape
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("inductor", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name,choice", CHOICES)

@@ -85,6 +85,7 @@ def made(outcome: Outcome) -> str:
     return outcome.code
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=named)
@@ -163,6 +164,7 @@ class Read(Keys):
         return kv_cache + 0, kr_cache + 0, expanded, heads, latent.transpose(0, 1).contiguous()
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("cache", ["paged_put", "static_copy", "static_slice"])

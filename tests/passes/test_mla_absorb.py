@@ -172,6 +172,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.by_turns("dialect")
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_it_absorbs(form: Form, dialect: str) -> None:
@@ -180,6 +181,7 @@ def test_it_absorbs(form: Form, dialect: str) -> None:
     near(got.result, got.expected)
 
 
+@pytest.mark.by_turns("dialect")
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("form", [f for f in FORMS if not f.causal], ids=str)
 def test_with_symbolic_sizes(form: Form, dialect: str) -> None:

@@ -160,6 +160,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize(("dialect", "dynamic"), [("aot", False), ("inductor", True)])
 @pytest.mark.parametrize("name", CHAINS)
 def test_each_spelling(name: str, dialect: str, dynamic: bool) -> None:

@@ -35,6 +35,7 @@ def spelled(static: str, rounded: str = "round, clamp") -> Callable[[Tensor, Ten
     return quantize
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("aot", True), ("inductor", True)])
 @pytest.mark.parametrize("lead", [(6,), (2, 3)])
 @pytest.mark.parametrize("static", [s for s in _w8a8.STATIC if s != "x * vector"])

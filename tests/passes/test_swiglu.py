@@ -53,6 +53,7 @@ def check(outcome: Outcome, x: Tensor) -> None:
     assert fused <= eager * 1.001 + 1e-7
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize("dialect,dynamic", [("aot", False), ("aot", True), ("inductor", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("halves", _w8a8.HALVES)

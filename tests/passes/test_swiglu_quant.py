@@ -122,6 +122,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.by_turns("dialect", "dynamic")
 @pytest.mark.parametrize(("dialect", "dynamic"), [("aot", False), ("inductor", True)])
 @pytest.mark.parametrize("name", CHAINS)
 def test_each_spelling(name: str, dialect: str, dynamic: bool) -> None:
@@ -180,6 +181,7 @@ STATIC = {
 }
 
 
+@pytest.mark.by_turns("rank", "dialect", "dynamic")
 @pytest.mark.parametrize(("rank", "dialect", "dynamic"), [(2, "aot", False), (3, "inductor", True)])
 @pytest.mark.parametrize("name", STATIC)
 def test_a_given_scale(name: str, rank: int, dialect: str, dynamic: bool) -> None:

@@ -216,16 +216,19 @@ def test_large_products_are_as_close_to_float64_as_the_reference(rows: int, tran
             a[name] = a[name].t().contiguous().t()
     where = slots(a)
 
+    oracles = (exact.query, exact.query_rope, exact.norm, exact.ckv, exact.kr)
+
     def errors(outputs: Any) -> list[float]:
         query, query_rope, _, norm, _, kv, kr = outputs
         found = (query, query_rope, norm, kv.view(-1, 512)[where], kr.view(-1, 64)[where])
-        oracles = (exact.query, exact.query_rope, exact.norm, exact.ckv, exact.kr)
-        return [float((f.double() - o).square().mean()) for f, o in zip(found, oracles, strict=True)]
+        return [float((f.double() - o).square().sum()) for f, o in zip(found, oracles, strict=True)]
 
-    for ours, theirs in zip(
-        errors(run(cpu, FUNCTIONAL, a)), errors(run(reference, FUNCTIONAL, a)), strict=True
+    for ours, theirs, oracle in zip(
+        errors(run(cpu, FUNCTIONAL, a)), errors(run(reference, FUNCTIONAL, a)), oracles, strict=True
     ):
-        assert ours <= 1.02 * theirs
+        # Where nearly all is exact, one rounding of another sum that falls the other way is half the error.
+        unit = float(oracle.abs().max()) * torch.finfo(BF16).eps
+        assert ours <= 1.02 * theirs + 4 * unit**2
 
 
 @pytest.mark.parametrize("modes", LEFT)
