@@ -115,14 +115,13 @@ def model_of(spelling: Spelling, dtype: torch.dtype, dims: Dims | None = None) -
     return model, inputs(model, dtype)
 
 
+@pytest.mark.by_turns("dialect", "dynamic", "dtype")
+@pytest.mark.parametrize(
+    ("dialect", "dynamic", "dtype"), [("aot", False, torch.bfloat16), ("inductor", True, torch.float16)]
+)
 @pytest.mark.parametrize("spelling", ALONE, ids=named)
-def test_each_axis_alone(spelling: Spelling) -> None:
-    check(*model_of(spelling, torch.bfloat16))
-
-
-@pytest.mark.parametrize("spelling", ALONE, ids=named)
-def test_each_axis_alone_decomposed_and_dynamic(spelling: Spelling) -> None:
-    check(*model_of(spelling, torch.float16), dialect="inductor", dynamic=True)
+def test_each_axis_alone(spelling: Spelling, dialect: str, dynamic: bool, dtype: torch.dtype) -> None:
+    check(*model_of(spelling, dtype), dialect=dialect, dynamic=dynamic)
 
 
 @pytest.mark.parametrize(("spelling", "number"), [(s, i) for i, s in enumerate(combinations(20))], ids=named)
