@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from npu_fusion._prepared_layers import PreparedLinear
 from npu_fusion.quantization._combinations import TABLE, combination, dtype_names
 from npu_fusion.quantization._options import Chosen
 from npu_fusion.quantization._values import listed
@@ -139,7 +140,10 @@ def _class_name(module: nn.Module, config: QuantizationConfig) -> str | None:
     algorithm = config.algorithm_for(name)
     if algorithm is not None and not algorithm.built_in:
         return name
-    return next((kind for base, kind in _BUILT_IN.items() if isinstance(module, base)), None)
+    linear = isinstance(module, PreparedLinear)  # was one
+    return (
+        "Linear" if linear else next((k for base, k in _BUILT_IN.items() if isinstance(module, base)), None)
+    )
 
 
 def _inside(names: list[str], replaced: list[str]) -> str | None:
@@ -202,6 +206,8 @@ _ITSELF = "it is the model itself, which cannot be replaced in place"
 
 def _unusable(name: str, layer: nn.Module) -> str | None:
     """What rules a module out whatever the scheme is."""
+    if isinstance(layer, PreparedLinear):
+        return "npu_fusion.prepare has rearranged it; accepted: a model before that (convert prepares it)"
     if type(layer) not in _BUILT_IN:
         cls = type(layer)
         return (

@@ -299,10 +299,16 @@ def inputs(model: Prolog, dtype: torch.dtype = torch.bfloat16, seed: int = 1) ->
 
 
 class QuantizedProlog(Prolog):
-    """The same with int8 projections, as torch_npu's operators or plain arithmetic."""
+    """The same with int8 projections, as torch_npu's operators or plain arithmetic. They read flat tokens."""
 
-    def __init__(self, how: str, dims: Dims | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__(Spelling(rope="transposed"), dims, dtype)
+    def __init__(
+        self,
+        how: str,
+        dims: Dims | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        cache: str = "paged_copy",
+    ) -> None:
+        super().__init__(Spelling(rope="transposed", cache=cache), dims, dtype)
         self.how = how
         self.int8 = [self.quantized(w) for w in (self.w_dq, self.w_dkv, self.w_uq)]
         self.smooth = torch.nn.Parameter(torch.rand(self.dims.Hcq) + 0.5, requires_grad=False)
@@ -328,6 +334,10 @@ class QuantizedProlog(Prolog):
             return npu.npu_quant_matmul(x, weight, channels, pertoken_scale=scale, output_dtype=dtype)
         return (torch._int_mm(x, weight).float() * channels * scale.unsqueeze(1)).to(dtype)
 
+    def batches(self, kv: Tensor) -> Tensor:
+        """[T, Hckv + Dr] as [B, S, Hckv + Dr]."""
+        return kv.view(self.dims.B, self.dims.S, -1)
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv_cache: Tensor, kr_cache: Tensor
     ) -> tuple[Tensor, ...]:
@@ -344,9 +354,9 @@ class QuantizedProlog(Prolog):
         q_nope, q_pe = q.view(B, S, d.N, d.D + d.Dr).split((d.D, d.Dr), -1)
         query = UKS["einsum"](q_nope, self.w_uk)
         query_rope = ROPES["transposed"](q_pe, cos.unsqueeze(2), sin.unsqueeze(2))
-        ckv, k_pe = kv.view(B, S, -1).split((d.Hckv, d.Dr), -1)
+        ckv, k_pe = self.batches(kv).split((d.Hckv, d.Dr), -1)
         ckv = NORMS["once"](ckv, self.g_ckv, 1e-6)
         k_rope = ROPES["transposed"](k_pe.unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2)).squeeze(2)
-        _paged_copy(kv_cache, ckv, slots)
-        _paged_copy(kr_cache, k_rope, slots)
+        for cache, rows in ((kv_cache, ckv), (kr_cache, k_rope)):
+            WRITES[self.spelling.cache](cache, rows, slots)
         return query, query_rope, kv_cache + 0, kr_cache + 0

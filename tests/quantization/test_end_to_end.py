@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,9 @@ def made(name: str) -> Any:
     return model.bfloat16()
 
 
-def calibrated(model: Any, preset: str) -> npu_fusion.quantization.Quantization:
-    state = npu_fusion.quantize(model, {**npu_fusion.quantization.PRESETS[preset], "batch_num": 2})
+def calibrated(model: Any, preset: str, **changes: Any) -> npu_fusion.quantization.Quantization:
+    config = {**npu_fusion.quantization.PRESETS[preset], "batch_num": 2, **changes}
+    state = npu_fusion.quantize(model, config)
     with torch.no_grad():
         for seed in (1, 2):
             generator = torch.Generator().manual_seed(seed)
@@ -95,3 +97,37 @@ def test_models_fuse_by_construction(name: str, preset: str) -> None:
     left = Counter(report.operators_after)
     for operator in ("aten.round", "aten.clamp", "aten.div", "aten.amax", "aten.abs", "aten._int_mm"):
         assert left[operator] == (LAYERS if operator == "aten._int_mm" else 0), operator
+
+
+def test_latent_attention_with_its_expansion_in_float() -> None:
+    """Decoding: the latent is attended to as it is cached, and what is before that is one operator."""
+    torch._dynamo.reset()
+    model = made("deepseek")
+    state = calibrated(model, DYNAMIC, skip_layers={"kv_b_proj", "lm_head"})
+    assert state.skipped == ()
+    seeded = torch.Generator().manual_seed(3)
+    prompt, token = (torch.randint(0, 64, (3, length), generator=seeded) for length in (5, 1))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    expect = {
+        "mla_absorb": LAYERS,
+        "npu_mla_prolog_v3_functional": LAYERS,
+        "npu_dequant_swiglu_quant": LAYERS,
+        "npu_add_rms_norm_dynamic_quant": 2 * LAYERS - 1,
+    }
+    settings = {"expect": expect, "strict": True, "numerics": "relaxed"}
+    backend = npu_fusion.get_npu_backend(fusion_config=settings, host="eager")
+    with torch.no_grad():
+        model(prompt, past_key_values=cache, use_cache=True)
+        written = copy.deepcopy(cache)
+        eager = model(token, past_key_values=cache, use_cache=True).logits.float()
+        step = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+        fused = step(token, past_key_values=written, use_cache=True).logits.float()
+    assert (fused - eager).norm() <= 0.05 * eager.norm()
+    for ours, theirs in zip(written.layers, cache.layers, strict=True):
+        for name in ("keys", "values"):
+            have, want = getattr(ours, name).float(), getattr(theirs, name).float()
+            assert (have - want).norm() <= 0.05 * want.norm()
+    (report,) = backend.reports
+    left = Counter(report.operators_after)
+    assert left["aten._int_mm"] == LAYERS  # of gate and up
+    assert left["npu.npu_quant_matmul"] == 2 * LAYERS  # o_proj and down_proj

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npu_fusion._prepared_layers import TransposedLinear
 from npu_fusion.quantization.config import parse
 from npu_fusion.quantization.presets import PRESETS
 from npu_fusion.quantization.rules import Plan, Skipped, plan, why_not
@@ -285,6 +286,7 @@ def with_value(value: float, name: str = "weight") -> nn.Module:
             lambda: Subclass(32, 32),
             "its class is tests.quantization.test_rules.Subclass; accepted: torch.nn.Linear and",
         ),
+        (lambda: TransposedLinear(linear(32, 32)), "npu_fusion.prepare has rearranged it; accepted: a model"),
         (lambda: nn.LazyLinear(4), "its class is torch.nn.modules.linear.LazyLinear; accepted"),
         (
             lambda: nn.utils.parametrizations.weight_norm(linear(32, 32, dtype=torch.float32)),
@@ -454,6 +456,14 @@ def test_a_model_that_is_a_layer() -> None:
     found = plan(linear(32, 32), parse(config()))
     assert found.schemes == {}
     assert found.skipped == (Skipped("", "it is the model itself, which cannot be replaced in place"),)
+
+
+def test_layers_that_were_prepared_before_are_named() -> None:
+    model = nn.Sequential(TransposedLinear(linear(32, 32)), linear(32, 32))
+    found = plan(model, parse(config()))
+    assert list(found.schemes) == ["1"]
+    (skipped,) = found.skipped
+    assert skipped.name == "0" and skipped.reason.startswith("npu_fusion.prepare has rearranged it")
 
 
 def test_a_model_without_layers() -> None:

@@ -54,6 +54,7 @@ class Caches:
     """The cache as the write sees it."""
     pages: tuple[Size, Size]
     tokens: Tokens
+    """[B, S] where the cache has batches, also of hidden states [T, He]."""
 
     @property
     def mode(self) -> str:
@@ -131,10 +132,12 @@ def caches(kv: Term, kr: Term, tokens: Tokens, context: Context) -> Caches | Ref
             return Refused("the new rows are not one per token", f"{list(rows.shape)}", (kv, kr))
         pages = (shape[0], shape[1]) if paged else _pages(total, 1, context)
         return _ragged(total) if pages is None else found(0, total, pages)
-    if len(tokens.shape) != 2:
-        return Refused("the tokens are flat but the cache has batches", f"{list(shape)}", (kv, kr))
+    shown = f"{list(rows.shape)} for tokens {list(tokens.shape)}"
+    if len(tokens.shape) != 2:  # quantized layers flatten what they read
+        flat, tokens = tokens, Tokens((rows.shape[0], rows.shape[dim]))
+        if sizes.equal(tokens.total, flat.total) is not Truth.YES:
+            return Refused("the new rows are not one per token", shown, (kv, kr))
     if sizes.equal(rows.shape[dim], tokens.shape[1]) is not Truth.YES or not _batches(rows, tokens, context):
-        shown = f"{list(rows.shape)} for tokens {list(tokens.shape)}"
         return Refused("the new rows are not one per token", shown, (kv, kr))
     length = shape[dim]
     pages = _pages(length, shape[0], context)

@@ -127,6 +127,7 @@ def _prolog(norm: Norm, turn: Turn, found: Sites, context: Context) -> Match | R
     key = key_side(norm, turn, tokens, found, context)
     if isinstance(key, Refused):
         return key
+    tokens = key.caches.tokens
     return (
         columns(query, key, tokens, context)
         or other_rotation(query.turn, pairs=_pairs(context))
@@ -263,7 +264,7 @@ def _call(
     w_uk = weight_uk(query.product)
     merged = norm.projection.root is key.projection.root
     tensors = [
-        e.term(x),
+        e.view(e.term(x), (*where.tokens.shape, x.shape[-1])),
         _columns_of(e, norm.projection.weight, norm.at, merged),
         e.term(query.up.weight),
         e.view(e.term(w_uk), (w_uk.shape[-3], *w_uk.shape[-2:])),
