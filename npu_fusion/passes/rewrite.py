@@ -434,6 +434,8 @@ class Emitter:
                 dtype = dtype or term.dtype
             elif term.op == "view":
                 node = self.view(self.term(term.args[0]), term.args[1])
+            elif term.op == "const" and term.dtype is not None:  # what a node holds in another dtype
+                node = self.full(self.sizes(term.args[1]), term.args[0], term.dtype)
             else:
                 raise RewriteError(f"no node of the graph holds {term.op}")
         return self.cast(node, dtype)
@@ -445,10 +447,11 @@ class Emitter:
             return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
         return self.call(aten._to_copy.default, node, dtype=dtype)
 
-    def full(self, sizes: Sequence[Any], value: float, dtype: torch.dtype = torch.float32) -> fx.Node:
+    def full(self, sizes: Sequence[Any], value: int | float, dtype: torch.dtype = torch.float32) -> fx.Node:
         """A tensor of one number, on the device of what is replaced."""
         device = self.template.meta["val"].device
-        return self.call(aten.full.default, list(sizes), float(value), dtype=dtype, device=device)
+        number = float(value) if dtype.is_floating_point else value
+        return self.call(aten.full.default, list(sizes), number, dtype=dtype, device=device)
 
     def shared(self, key: Any, build: Callable[[], fx.Node]) -> fx.Node:
         """What ``build`` makes, made once for all replacements that ask with the same ``key`` and run in the

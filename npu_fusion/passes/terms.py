@@ -136,7 +136,7 @@ def _shape_of_synthetic(term: Term) -> tuple[Size, ...]:
         base, _ = term.args
         last = base.shape[-1]
         return (*base.shape[:-1], last // 2 if isinstance(last, int) else sympy.floor(last / 2))
-    if term.op in ("view", "expand"):
+    if term.op in ("view", "expand", "const"):
         return term.args[1]
     if term.op in ("absmax", "amax", "amin", "mean", "sum"):
         base, dims = term.args

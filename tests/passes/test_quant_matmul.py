@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from npu_fusion.meta_impls._dtypes import enum_value
 from tests.kernels._numerics import ulps
 from tests.models.w8a8 import merged
 from tests.passes import _w8a8
@@ -422,3 +423,17 @@ def test_a_dequantized_product_is_taken_first_where_the_host_has_no_int_mm() -> 
     got = fuse(both, PLAIN.inputs(), admission=_no_int_mm)
     assert got.fused == {OPERATOR: 2}
     assert "aten._int_mm" not in got.code
+
+
+@pytest.mark.parametrize(("dialect", "dynamic"), [("aot", False), ("inductor", True)])
+def test_a_scale_that_is_made_in_the_graph(dialect: str, dynamic: bool) -> None:
+    def layer(q: Tensor, w: Tensor) -> Tensor:
+        scale = torch.full((COLUMNS,), 0.01, dtype=BF16)  # widened in the operator
+        return torch.ops.npu.npu_dequant_bias(
+            torch._int_mm(q, w.t()), scale, None, None, output_dtype=enum_value(BF16)
+        )
+
+    q, w, *_ = PLAIN.inputs()
+    got = fuse(layer, [q, w], dialect=dialect, dynamic=dynamic)
+    assert got.fused == {OPERATOR: 1}
+    assert torch.equal(got.result, got.expected)
