@@ -334,9 +334,9 @@ class QuantizedProlog(Prolog):
             return npu.npu_quant_matmul(x, weight, channels, pertoken_scale=scale, output_dtype=dtype)
         return (torch._int_mm(x, weight).float() * channels * scale.unsqueeze(1)).to(dtype)
 
-    def batches(self, kv: Tensor) -> Tensor:
+    def batches(self, kv: Tensor, B: int, S: int) -> Tensor:
         """[T, Hckv + Dr] as [B, S, Hckv + Dr]."""
-        return kv.view(self.dims.B, self.dims.S, -1)
+        return kv.view(B, S, -1)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, kv_cache: Tensor, kr_cache: Tensor
@@ -354,7 +354,7 @@ class QuantizedProlog(Prolog):
         q_nope, q_pe = q.view(B, S, d.N, d.D + d.Dr).split((d.D, d.Dr), -1)
         query = UKS["einsum"](q_nope, self.w_uk)
         query_rope = ROPES["transposed"](q_pe, cos.unsqueeze(2), sin.unsqueeze(2))
-        ckv, k_pe = self.batches(kv).split((d.Hckv, d.Dr), -1)
+        ckv, k_pe = self.batches(kv, B, S).split((d.Hckv, d.Dr), -1)
         ckv = NORMS["once"](ckv, self.g_ckv, 1e-6)
         k_rope = ROPES["transposed"](k_pe.unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2)).squeeze(2)
         for cache, rows in ((kv_cache, ckv), (kr_cache, k_rope)):
