@@ -1,4 +1,4 @@
-"""What the commands that take a model have in common: their options, and the model that a FACTORY makes."""
+"""What commands have in common: options, their errors, and the model that a FACTORY makes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ FACTORY = (
 
 class UsageError(Exception):
     """What the user gave cannot be used; the message says what is accepted."""
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npu_fusion._cli_model import UsageError
+from npu_fusion._cli_model import UsageError, positive
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _COPIED = (
@@ -48,20 +48,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--form", choices=("npu_fusion", "ascend"), default="npu_fusion", help="of the files")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what stays in float")
     parser.add_argument("--data", metavar="FILE", type=Path, help="text to calibrate on")
-    parser.add_argument("--batches", type=_positive, default=8, help="forward passes (batch_num)")
-    parser.add_argument("--batch-size", type=_positive, default=4, help="sequences in each")
-    parser.add_argument("--length", type=_positive, default=512, help="tokens in each sequence, at most")
+    parser.add_argument("--batches", type=positive, default=8, help="forward passes (batch_num)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="sequences in each")
+    parser.add_argument("--length", type=positive, default=512, help="tokens in each sequence, at most")
     parser.add_argument(
         "--evaluate", action="store_true", help="print the loss on other text of --data before and after"
     )
     parser.set_defaults(run=_quantize)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _quantize(arguments: argparse.Namespace) -> int:

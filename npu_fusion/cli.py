@@ -10,7 +10,7 @@ from typing import cast
 
 import npu_fusion
 from npu_fusion import _cli_bench, _cli_offline, _cli_quantize
-from npu_fusion._cli_model import FACTORY, UsageError, add_options, fusion_config, make_model
+from npu_fusion._cli_model import FACTORY, UsageError, add_options, fusion_config, make_model, positive
 from npu_fusion.backend import HOSTS
 from npu_fusion.hosts.offline import OfflineError
 from npu_fusion.passes.pipeline import FusionExpectationError
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--host", choices=HOSTS, default="auto", help="compiler for the rest of the graph")
     demo.add_argument("--dump", default="npu_fusion_dump", metavar="DIR", help="where graphs and reports go")
-    demo.add_argument("--bytes", type=_positive, default=160, help="length of the generated text")
+    demo.add_argument("--bytes", type=positive, default=160, help="length of the generated text")
     demo.set_defaults(run=_demo)
 
     explain = commands.add_parser(
@@ -63,13 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     _cli_offline.add_commands(commands)
     _cli_bench.add_command(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _demo(arguments: argparse.Namespace) -> int:
